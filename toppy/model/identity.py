@@ -1,0 +1,22 @@
+"""Who opened a tunnel."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+ClaimValue = str | int | float | bool
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """An authenticated client.
+
+    ``subject`` is the JWT's ``sub``; ``token`` for the static token, ``anonymous`` without
+    authentication. ``claims`` has the scalar claims of the JWT.
+    """
+
+    subject: str
+    method: str
+    """``static``, ``jwt`` or ``none``."""
+    claims: Mapping[str, ClaimValue] = field(default_factory=dict)

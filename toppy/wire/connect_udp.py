@@ -1,0 +1,213 @@
+"""CONNECT-UDP requests and answers (RFC 9298 sections 3.4 and 3.5), and its URI templates.
+
+Targets are parsed once and strictly: what is not clearly a name, an IPv4 dotted quad or an IPv6
+address is refused, because resolvers and system calls disagree about the rest.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Final
+from urllib.parse import quote, unquote_to_bytes
+
+from toppy.errors import ConfigError, PeerError
+from toppy.model.target import Target
+
+ECHO_PATH_PREFIX: Final = "/.well-known/masque/udp/"
+FORWARD_PATH_PREFIX: Final = "/.well-known/masque/udp-forward/"
+DEFAULT_TEMPLATE_PATH: Final = "/.well-known/masque/udp/{target_host}/{target_port}/"
+FORWARD_TEMPLATE_PATH: Final = "/.well-known/masque/udp-forward/{target_host}/{target_port}/"
+
+_LABEL = re.compile(r"(?!-)[a-z0-9_-]{1,63}(?<!-)\Z")
+_DOTTED_QUAD = re.compile(r"(?:0|[1-9][0-9]{0,2})(?:\.(?:0|[1-9][0-9]{0,2})){3}\Z")
+_NUMERIC = re.compile(r"(?:0x[0-9a-f]*|[0-9]+)\Z")
+_PERCENT_ENCODED = re.compile(r"(?:[^%]|%[0-9A-Fa-f]{2})*\Z")
+_EXPRESSION = re.compile(r"\{([?&]?)([a-z_,]+)\}")
+_MAX_NAME_BYTES = 253
+
+
+class RequestError(PeerError):
+    """The request is not one that this gateway takes; ``status`` is the answer."""
+
+    def __init__(self, message: str, *, status: int = 400) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectUdpRequest:
+    """A request for a tunnel."""
+
+    target: Target
+    is_forward: bool
+    """Asked for on ``udp-forward``, which never echoes."""
+    authority: str = ""
+    authorization: str | None = field(default=None, repr=False)
+
+
+def parse_request_path(path: str) -> ConnectUdpRequest:
+    """The target of ``/.well-known/masque/udp[-forward]/HOST/PORT/``.
+
+    Percent-decodes once. Raises ``RequestError`` with status 404 for another path, 400 for a bad
+    target.
+    """
+    for prefix, is_forward in ((ECHO_PATH_PREFIX, False), (FORWARD_PATH_PREFIX, True)):
+        if path.startswith(prefix):
+            host, slash, port = path.removeprefix(prefix).removesuffix("/").partition("/")
+            if not slash or "/" in port:
+                raise RequestError("the path must end in HOST/PORT/")
+            target = Target(parse_host(_percent_decode(host)), parse_port(_percent_decode(port)))
+            return ConnectUdpRequest(target, is_forward)
+    raise RequestError("there is nothing at this path", status=404)
+
+
+def _percent_decode(text: str) -> str:
+    if not _PERCENT_ENCODED.match(text):
+        raise RequestError("a percent sign that encodes nothing")
+    try:
+        return unquote_to_bytes(text).decode("ascii")
+    except UnicodeDecodeError:
+        raise RequestError("the target must be ASCII (write names as A-labels)") from None
+
+
+def parse_host(text: str) -> str:
+    """A name in lower case without its last dot, or an address in canonical form."""
+    host = text.lower()
+    if ":" in host:
+        if "%" in host:
+            raise RequestError("a target address has no zone")
+        try:
+            return str(ipaddress.IPv6Address(host))
+        except ValueError:
+            raise RequestError("the target is not an IPv6 address") from None
+    if _DOTTED_QUAD.match(host):
+        try:
+            return str(ipaddress.IPv4Address(host))
+        except ValueError:
+            raise RequestError("the target is not an IPv4 address") from None
+    name = host.removesuffix(".")
+    labels = name.split(".")
+    if len(name) > _MAX_NAME_BYTES or not all(_LABEL.match(label) for label in labels):
+        raise RequestError("the target is no host name")
+    if _NUMERIC.match(labels[-1]):
+        raise RequestError("the target looks like a number: write IPv4 as four decimal numbers")
+    return name
+
+
+def parse_port(text: str) -> int:
+    """1 to 65535, digits only."""
+    if not text.isascii() or not text.isdigit() or len(text) > 5 or not 1 <= int(text) <= 65535:
+        raise RequestError("the target port must be a number from 1 to 65535")
+    return int(text)
+
+
+def validate_request(headers: Iterable[tuple[bytes, bytes]]) -> ConnectUdpRequest:
+    """An Extended CONNECT request for ``connect-udp``. Raises ``RequestError``."""
+    found: dict[bytes, bytes] = {}
+    for name, value in headers:
+        if name in found and (name.startswith(b":") or name == b"authorization"):
+            raise RequestError("a field that must be single is there twice")
+        found[name] = value
+    if found.get(b":method") != b"CONNECT" or found.get(b":protocol") != b"connect-udp":
+        raise RequestError("only Extended CONNECT with connect-udp is served here", status=404)
+    if found.get(b":scheme") != b"https":
+        raise RequestError("the scheme must be https")
+    if not found.get(b":authority"):
+        raise RequestError("the authority must not be empty")
+    if b"content-length" in found:
+        raise RequestError("a tunnel has no content-length")
+    try:
+        path = found.get(b":path", b"").decode("ascii")
+        authority = found[b":authority"].decode("ascii")
+        authorization = (
+            found[b"authorization"].decode("ascii") if b"authorization" in found else None
+        )
+    except UnicodeDecodeError:
+        raise RequestError("a field must be ASCII") from None
+    request = parse_request_path(path)
+    return ConnectUdpRequest(request.target, request.is_forward, authority, authorization)
+
+
+def request_headers(
+    authority: str, path: str, authorization: str | None
+) -> list[tuple[bytes, bytes]]:
+    """An Extended CONNECT request (RFC 9298 section 3.4). ``authorization`` is a bearer token."""
+    headers = [
+        (b":method", b"CONNECT"),
+        (b":protocol", b"connect-udp"),
+        (b":scheme", b"https"),
+        (b":authority", _field(authority)),
+        (b":path", _field(path)),
+        (b"capsule-protocol", b"?1"),
+    ]
+    if authorization is not None:
+        headers.append((b"authorization", b"Bearer " + _field(authorization)))
+    return headers
+
+
+def response_headers(
+    status: int, *, proxy_status: str | None = None, www_authenticate: bool = False
+) -> list[tuple[bytes, bytes]]:
+    """An answer; 2xx opens the tunnel and says so (RFC 9297 section 3.4)."""
+    headers = [(b":status", str(status).encode())]
+    if 200 <= status < 300:
+        headers.append((b"capsule-protocol", b"?1"))
+    if proxy_status:
+        headers.append((b"proxy-status", _field(proxy_status)))
+    if www_authenticate:
+        headers.append((b"www-authenticate", b'Bearer realm="toppy"'))
+    return headers
+
+
+def _field(text: str) -> bytes:
+    if not text.isascii() or not text.isprintable():
+        raise ConfigError("a header field would have characters that are not printable ASCII")
+    return text.strip().encode("ascii")
+
+
+def validate_template(template: str) -> None:
+    """Raise ``ConfigError`` unless ``template`` is one of RFC 9298 section 2."""
+    if not template.isascii() or not template.startswith("https://"):
+        raise ConfigError(
+            "gateway_template must be an ASCII URI template that begins with https://",
+            key="gateway_template",
+        )
+    _, _, rest = template.partition("https://")
+    authority, slash, path = rest.partition("/")
+    if not authority or "{" in authority or "@" in authority or not slash:
+        raise ConfigError(
+            "gateway_template needs a fixed authority and a path", key="gateway_template"
+        )
+    names = [name for _, group in _EXPRESSION.findall(path) for name in group.split(",")]
+    if sorted(names) != ["target_host", "target_port"] or "{" in _EXPRESSION.sub("", path):
+        raise ConfigError(
+            "gateway_template must have {target_host} and {target_port}, each once, and no other "
+            "expression",
+            key="gateway_template",
+        )
+
+
+def expand_template(template: str, target: Target) -> tuple[str, str]:
+    """(authority, path) for a target; the colons of IPv6 are percent-encoded."""
+    values = {"target_host": quote(target.host, safe=""), "target_port": str(target.port)}
+
+    def expand(match: re.Match[str]) -> str:
+        operator, names = match.group(1), match.group(2).split(",")
+        if not operator:
+            return ",".join(values[name] for name in names)
+        return operator + "&".join(f"{name}={values[name]}" for name in names)
+
+    authority, _, path = template.removeprefix("https://").partition("/")
+    return authority, "/" + _EXPRESSION.sub(expand, path)
+
+
+def host_of(authority: str) -> str:
+    """The host of ``host:port`` or ``[address]:port``, in lower case."""
+    if authority.startswith("["):
+        return authority[1:].partition("]")[0].lower()
+    return authority.partition(":")[0].lower()
+
+
