@@ -1,0 +1,273 @@
+"""The client's connection to its gateway: dialled, watched, dialled again when it is lost."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum
+
+from toppy.client.tunnels import Tunnels
+from toppy.net.quic_driver import QuicDriver
+from toppy.net.udp_socket import UdpSocket, bind_udp
+from toppy.observe.log import get_logger
+from toppy.protocol.backoff import Backoff
+from toppy.quic.choose import make_engine
+from toppy.quic.endpoint import H3_ALPN, ConnectionOpened, Endpoint
+from toppy.quic.engine import Address, CongestionControl, ConnectionClosed, EngineConfig
+from toppy.quic.h3 import H3_NO_ERROR
+
+RESOLVE_TIMEOUT_S = 3.0
+DIAL_TIMEOUT_S = 5.0
+"""From the first packet to the gateway's SETTINGS."""
+ATTEMPT_DELAY_S = 0.25
+"""Before the next address is tried beside the one under way (RFC 8305 section 5)."""
+KEEP_ALIVE_S = 5.0
+IDLE_TIMEOUT_S = 20.0
+"""A gateway that is silent for so long, keep-alives included, is gone."""
+_CLOSE_GRACE_S = 0.05
+
+_log = get_logger("session")
+
+
+@dataclass(frozen=True, slots=True)
+class GatewaySettings:
+    """How to reach the gateway, and as whom."""
+
+    host: str
+    port: int
+    server_name: str
+    template: str
+    """URI template of RFC 9298 section 2."""
+    ca_certificates_pem: bytes | None
+    authorization: str | None = field(repr=False)
+    engine: str = "auto"
+    congestion_control: CongestionControl = "cubic"
+    initial_packet_bytes: int = 1350
+    buffer_bytes: int = 4 << 20
+
+
+class SessionState(Enum):
+    CONNECTING = "connecting"
+    CONNECTED = "connected"
+    WAITING = "waiting"
+    """Between two attempts."""
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectFailure:
+    """One attempt failed."""
+
+    reason: str
+    retry_in_s: float
+
+
+class GatewaySession:
+    """Keeps one connection to the gateway, and with it its ``tunnels``.
+
+    ``run`` until cancelled. ``on_failure`` hears of every attempt that failed and every connection
+    that was lost; the session goes on by itself.
+    """
+
+    def __init__(
+        self,
+        settings: GatewaySettings,
+        *,
+        on_state: Callable[[SessionState], None] = lambda _: None,
+        on_failure: Callable[[ConnectFailure], None] = lambda _: None,
+    ) -> None:
+        self._settings = settings
+        self._on_state = on_state
+        self._on_failure = on_failure
+        self._sockets = _open_sockets(settings.buffer_bytes)
+        engine = make_engine(
+            settings.engine,
+            EngineConfig(
+                is_client=True,
+                alpn_protocols=(H3_ALPN,),
+                ca_certificates_pem=settings.ca_certificates_pem,
+                idle_timeout_s=IDLE_TIMEOUT_S,
+                keep_alive_s=KEEP_ALIVE_S,
+                congestion_control=settings.congestion_control,
+                initial_packet_bytes=settings.initial_packet_bytes,
+            ),
+            now=time.monotonic(),
+        )
+        self.engine_name = engine.name
+        self._endpoint = Endpoint(engine, is_client=True)
+        self.tunnels = Tunnels(
+            self._endpoint, template=settings.template, authorization=settings.authorization
+        )
+        self._driver = QuicDriver(self._endpoint, self._sockets, self._pump)
+        self.state = SessionState.CONNECTING
+        self._connection: int | None = None
+        self._attempts: set[int] = set()
+        self._opened: asyncio.Future[None] | None = None
+        self._lost: asyncio.Future[str] | None = None
+        self._last_reason = ""
+
+    @property
+    def round_trip_s(self) -> float:
+        """Smoothed round-trip time to the gateway; 0.0 while there is no connection."""
+        if self._connection is None:
+            return 0.0
+        return self._endpoint.engine.round_trip_s(self._connection)
+
+    def flush_soon(self) -> None:
+        """Call it after giving ``tunnels`` something to send."""
+        self._driver.flush_soon()
+
+    async def run(self) -> None:
+        """Connect, stay connected, reconnect; until cancelled."""
+        backoff = Backoff(random.random)
+        try:
+            while True:
+                self._set_state(SessionState.CONNECTING)
+                try:
+                    await self._dial()
+                    self._set_state(SessionState.CONNECTED)
+                    backoff.reset()
+                    assert self._lost is not None
+                    reason = f"the connection to the gateway was lost: {await self._lost}"
+                except _DialError as error:
+                    reason = str(error)
+                self._set_state(SessionState.WAITING)
+                delay_s = backoff.next_delay_s()
+                self._on_failure(ConnectFailure(reason, delay_s))
+                await asyncio.sleep(delay_s)
+        finally:
+            await self._close()
+
+    async def _dial(self) -> None:
+        settings = self._settings
+        addresses = await self._resolve()
+        loop = asyncio.get_running_loop()
+        self._opened = loop.create_future()
+        self._lost = loop.create_future()
+        self._last_reason = "no answer (is UDP blocked on the way, or the gateway down?)"
+        where = f"{settings.host}:{settings.port}"
+        try:
+            async with asyncio.timeout(DIAL_TIMEOUT_S):
+                for address in addresses:
+                    now = time.monotonic()
+                    self._attempts.add(
+                        self._endpoint.connect(address, settings.server_name, now)
+                    )
+                    self._driver.flush_soon()
+                    done, _ = await asyncio.wait({self._opened}, timeout=ATTEMPT_DELAY_S)
+                    if done:
+                        break
+                await self._opened
+        except TimeoutError:
+            raise _DialError(f"cannot connect to {where}: {self._last_reason}") from None
+        finally:
+            self._opened = None
+            self._abandon_attempts()
+
+    def _abandon_attempts(self) -> None:
+        attempts, self._attempts = self._attempts, set()
+        for connection in attempts:
+            self._endpoint.close(connection, H3_NO_ERROR, "", time.monotonic())
+        self._driver.flush_soon()
+
+    async def _resolve(self) -> list[Address]:
+        settings = self._settings
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(RESOLVE_TIMEOUT_S):
+                found = await loop.getaddrinfo(
+                    settings.host, settings.port, type=socket.SOCK_DGRAM
+                )
+        except TimeoutError:
+            raise _DialError(f"cannot resolve {settings.host}: no answer in time") from None
+        except OSError as error:
+            raise _DialError(f"cannot resolve {settings.host}: {error.strerror}") from None
+        families = {sock.is_ipv6 for sock in self._sockets}
+        addresses = [
+            (str(info[4][0]), int(info[4][1]))
+            for info in found
+            if (info[0] == socket.AF_INET6) in families
+        ]
+        if not addresses:
+            raise _DialError(f"{settings.host} has no address that this host can reach")
+        return list(dict.fromkeys(addresses))[:8]
+
+    def _pump(self, now: float) -> None:
+        for event in self._endpoint.poll_events(now):
+            match event:
+                case ConnectionOpened(connection=connection):
+                    if connection in self._attempts and self._opened is not None:
+                        self._receive_opened(connection)
+                case ConnectionClosed(connection=connection, reason=reason):
+                    self._receive_closed(connection, reason)
+                case _:
+                    if getattr(event, "connection", None) == self._connection:
+                        self.tunnels.handle(event)
+        for connection, quarter_stream_id, payloads, segment_size in (
+            self._endpoint.poll_datagrams()
+        ):
+            if connection == self._connection:
+                self.tunnels.receive_datagrams(quarter_stream_id, payloads, segment_size)
+
+    def _receive_opened(self, connection: int) -> None:
+        assert self._opened is not None
+        if self._opened.done():
+            return  # another address was faster; this one is closed with the rest
+        if not self._endpoint.may_connect(connection):
+            self._last_reason = "it speaks HTTP/3, but takes no MASQUE requests"
+            return
+        self._attempts.discard(connection)
+        self._connection = connection
+        self.tunnels.connected(connection)
+        self._opened.set_result(None)
+
+    def _receive_closed(self, connection: int, reason: str) -> None:
+        if connection in self._attempts:
+            self._attempts.discard(connection)
+            self._last_reason = reason
+            if not self._attempts and self._opened is not None and not self._opened.done():
+                self._opened.set_exception(
+                    _DialError(
+                        f"cannot connect to {self._settings.host}:{self._settings.port}: {reason}"
+                    )
+                )
+        if connection == self._connection:
+            self._connection = None
+            self.tunnels.disconnected()
+            assert self._lost is not None
+            self._lost.set_result(reason or "closed by the gateway")
+
+    def _set_state(self, state: SessionState) -> None:
+        self.state = state
+        self._on_state(state)
+
+    async def _close(self) -> None:
+        if self._connection is not None:
+            self._endpoint.close(self._connection, H3_NO_ERROR, "", time.monotonic())
+        self._abandon_attempts()
+        self._driver.flush_now()
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.sleep(_CLOSE_GRACE_S)
+        self._driver.close()
+        for sock in self._sockets:
+            sock.close()
+
+
+class _DialError(Exception):
+    """One attempt to reach the gateway failed."""
+
+
+def _open_sockets(buffer_bytes: int) -> list[UdpSocket]:
+    """A wildcard socket per address family: they follow route changes, as a roaming host needs."""
+    sockets = []
+    for host in ("0.0.0.0", "::"):  # noqa: S104  # a client's ephemeral port
+        try:
+            sock = bind_udp(host, 0, buffer_bytes=buffer_bytes)
+        except OSError:
+            continue  # this host does not have that family
+        sockets.append(UdpSocket(sock))
+    return sockets

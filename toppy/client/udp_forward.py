@@ -1,0 +1,165 @@
+"""``toppy udp``: a local UDP port whose datagrams reach one target through the gateway.
+
+One tunnel per local peer; what the target sends comes back to that peer and to no other (T-070).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from toppy.client.session import GatewaySession
+from toppy.client.tunnels import ClientTunnel, Refusal
+from toppy.model.drop_reason import DropReason
+from toppy.model.target import Target
+from toppy.net.udp_socket import SendResult, UdpSocket
+from toppy.protocol.udp_tunnel import Buffer, count_payloads
+from toppy.quic.engine import Address
+
+_RECEIVES_PER_WAKE_UP = 16
+_TICK_S = 5.0
+_REFUSED_PAUSE_S = 1.0
+"""After a refusal, before the same peer's next datagram asks the gateway again."""
+
+
+@dataclass(slots=True)
+class ForwardCounters:
+    """What went through, in datagrams and payload bytes."""
+
+    peers_total: int = 0
+    from_peers: int = 0
+    from_peers_bytes: int = 0
+    to_peers: int = 0
+    to_peers_bytes: int = 0
+
+
+class _Peer:
+    """A local program's source address, and its tunnel."""
+
+    __slots__ = ("address", "last_active", "refused_at", "tunnel")
+
+    def __init__(self, address: Address, now: float) -> None:
+        self.address = address
+        self.last_active = now
+        self.refused_at: float | None = None
+        self.tunnel: ClientTunnel | None = None
+
+
+class UdpForward:
+    """Relays between one local socket and one target. ``run`` until cancelled."""
+
+    def __init__(
+        self,
+        session: GatewaySession,
+        local: UdpSocket,
+        target: Target,
+        *,
+        max_peers: int,
+        idle_timeout_s: float,
+        on_refused: Callable[[Refusal], None] = lambda _: None,
+    ) -> None:
+        self._session = session
+        self._tunnels = session.tunnels
+        self._local = local
+        self._target = target
+        self._max_peers = max_peers
+        self._idle_timeout_s = idle_timeout_s
+        self._on_refused = on_refused
+        # least recently active first, so that reaping looks at few
+        self._peers: OrderedDict[Address, _Peer] = OrderedDict()
+        self.counters = ForwardCounters()
+        self.drops: dict[DropReason, int] = {}
+
+    @property
+    def peers(self) -> int:
+        """Local peers with a tunnel, or with one on its way."""
+        return len(self._peers)
+
+    async def run(self) -> None:
+        """Relay; idle peers are forgotten."""
+        loop = asyncio.get_running_loop()
+        loop.add_reader(self._local.fileno(), self._receive)
+        try:
+            while True:
+                await asyncio.sleep(min(_TICK_S, self._idle_timeout_s))
+                self.reap(time.monotonic())
+        finally:
+            loop.remove_reader(self._local.fileno())
+            for peer in self._peers.values():
+                if peer.tunnel is not None:
+                    self._tunnels.remove(peer.tunnel)
+            self._peers.clear()
+            self._session.flush_soon()
+
+    def reap(self, now: float) -> None:
+        """Forget peers that have been silent, in both directions, for the idle timeout."""
+        while self._peers:
+            address, peer = next(iter(self._peers.items()))
+            if now - peer.last_active < self._idle_timeout_s:
+                return
+            del self._peers[address]
+            if peer.tunnel is not None:
+                self._tunnels.remove(peer.tunnel)
+                self._session.flush_soon()
+
+    def _receive(self) -> None:
+        now = time.monotonic()
+        for _ in range(_RECEIVES_PER_WAKE_UP):
+            batch = self._local.receive()
+            if batch is None:
+                break
+            self._send(batch[0], batch[1], batch[2], now)
+        self._session.flush_soon()
+
+    def _send(self, payloads: Buffer, segment_size: int, source: Address, now: float) -> None:
+        count = count_payloads(len(payloads), segment_size)
+        peer = self._peers.get(source)
+        if peer is None:
+            if len(self._peers) >= self._max_peers:
+                self._drop(DropReason.TOO_MANY_PEERS, count)
+                return
+            peer = _Peer(source, now)
+            self._peers[source] = peer
+            self.counters.peers_total += 1
+        else:
+            self._peers.move_to_end(source)
+        peer.last_active = now
+        if peer.tunnel is None:
+            if peer.refused_at is not None and now - peer.refused_at < _REFUSED_PAUSE_S:
+                self._drop(DropReason.TUNNEL_REFUSED, count)
+                return
+            self._open(peer)
+        assert peer.tunnel is not None
+        self.counters.from_peers += count
+        self.counters.from_peers_bytes += len(payloads)
+        self._tunnels.send(peer.tunnel, payloads, segment_size)
+
+    def _open(self, peer: _Peer) -> None:
+        def deliver(payloads: Buffer, segment_size: int) -> None:
+            self._deliver(peer, payloads, segment_size)
+
+        def ended(refusal: Refusal | None) -> None:
+            peer.tunnel = None
+            if refusal is not None:
+                peer.refused_at = time.monotonic()
+                self._on_refused(refusal)
+
+        peer.tunnel = ClientTunnel(self._target, deliver, ended)
+        self._tunnels.add(peer.tunnel)
+
+    def _deliver(self, peer: _Peer, payloads: Buffer, segment_size: int) -> None:
+        peer.last_active = time.monotonic()
+        self._peers.move_to_end(peer.address)
+        count = count_payloads(len(payloads), segment_size)
+        result = self._local.send(payloads, segment_size, peer.address)
+        if result is SendResult.SENT:
+            self.counters.to_peers += count
+            self.counters.to_peers_bytes += len(payloads)
+        else:
+            self._drop(DropReason.LOCAL_BUFFER_FULL, count)
+
+    def _drop(self, reason: DropReason, count: int) -> None:
+        self.drops[reason] = self.drops.get(reason, 0) + count

@@ -1,0 +1,211 @@
+"""The client's configuration: ``~/.config/toppy/config.toml`` and the environment (pure)."""
+
+from __future__ import annotations
+
+import ipaddress
+import posixpath
+import re
+from collections.abc import Mapping
+from typing import Literal
+
+from pydantic import Field, SecretStr, field_validator, model_validator
+
+from toppy.config.gateway import CongestionControl, Engine, Section, setting
+from toppy.config.policy import PolicyRule, name_rules
+from toppy.config.reading import apply_environment, parse_toml, validate
+
+_TEMPLATE_NAMES = ("{target_host}", "{target_port}")
+
+
+class AllowRule(PolicyRule):
+    """A rule of the client's policy: what is not allowed is denied."""
+
+    action: Literal["allow", "deny"] = "allow"
+
+    @model_validator(mode="after")
+    def _complete(self) -> AllowRule:
+        if not self.cidr and not self.host:
+            raise ValueError("needs cidr or host")
+        if not self.ports:
+            raise ValueError("needs ports; only listed ports are allowed")
+        return self
+
+
+class ClientPolicy(Section):
+    """What this client may ask for. Without it everything is denied."""
+
+    allow: tuple[AllowRule, ...] = setting((), "Rules; any that matches allows.")
+
+    @field_validator("allow")
+    @classmethod
+    def _named(cls, value: tuple[AllowRule, ...]) -> tuple[PolicyRule, ...]:
+        return name_rules(value)
+
+
+class TokenAuth(Section):
+    """A token that the operator handed out."""
+
+    mode: Literal["token"]
+    token: SecretStr = setting(..., "The bearer token.")
+
+
+class OidcDeviceCodeAuth(Section):
+    """OIDC device authorization (RFC 8628); used by `toppy login`, in a later version."""
+
+    mode: Literal["oidc_device_code"]
+    issuer: str = setting(..., "The provider's issuer URL.", min_length=1)
+    client_id: str = setting(..., "This client's ID there.", min_length=1)
+    audience: str | None = setting(None, "Asked for in the token.", min_length=1)
+    scope: str = setting("openid offline_access", "Scopes, separated by spaces.", min_length=1)
+    token_cache_path: str | None = setting(None, "Where tokens are kept.", min_length=1)
+
+
+class OidcAuthCodePkceAuth(Section):
+    """OIDC authorization code with PKCE; used by `toppy login`, in a later version."""
+
+    mode: Literal["oidc_auth_code_pkce"]
+    issuer: str = setting(..., "The provider's issuer URL.", min_length=1)
+    client_id: str = setting(..., "This client's ID there.", min_length=1)
+    audience: str | None = setting(None, "Asked for in the token.", min_length=1)
+    scope: str = setting("openid offline_access", "Scopes, separated by spaces.", min_length=1)
+    redirect_uri: str = setting(
+        "http://127.0.0.1:8080/callback", "A loopback address.", min_length=1
+    )
+    token_cache_path: str | None = setting(None, "Where tokens are kept.", min_length=1)
+
+
+class SamlAuth(Section):
+    """SAML through an OIDC broker; used by `toppy login`, in a later version."""
+
+    mode: Literal["saml"]
+    idp_entity_id: str = setting(..., "The identity provider.", min_length=1)
+    sp_entity_id: str | None = setting(None, "The service provider.", min_length=1)
+    broker_issuer: str = setting(..., "The broker's issuer URL.", min_length=1)
+    broker_client_id: str = setting(..., "This client's ID there.", min_length=1)
+    broker_audience: str | None = setting(None, "Asked for in the token.", min_length=1)
+    broker_scope: str = setting("openid offline_access", "Scopes.", min_length=1)
+    token_cache_path: str | None = setting(None, "Where tokens are kept.", min_length=1)
+
+
+Auth = TokenAuth | OidcDeviceCodeAuth | OidcAuthCodePkceAuth | SamlAuth
+
+
+class RateSection(Section):
+    """Token bucket per connection and direction; both zero: off. Used by a later version."""
+
+    bytes_per_sec: int = setting(10 << 20, "Bytes per second.", ge=0)
+    burst_bytes: int | None = setting(None, "Bucket size; default: bytes_per_sec.", ge=0)
+
+    @model_validator(mode="after")
+    def _both_or_neither(self) -> RateSection:
+        burst = self.bytes_per_sec if self.burst_bytes is None else self.burst_bytes
+        if bool(self.bytes_per_sec) != bool(burst):
+            raise ValueError("bytes_per_sec and burst_bytes: set both to zero, or neither")
+        return self
+
+
+class ClientQuicSection(Section):
+    """The QUIC engine."""
+
+    engine: Engine = setting("auto", "`native`, `aioquic`, or `auto`: the best there is.")
+    congestion_control: CongestionControl = setting("cubic", "How sending adapts to the path.")
+
+
+class ClientConfig(Section):
+    """The client's ``config.toml``."""
+
+    gateway: str = setting(..., "Host name or address of the gateway.", min_length=1)
+    port: int = setting(4433, "Its UDP port.", ge=1, le=65535)
+    server_name: str | None = setting(
+        None, "Name that its certificate must have. Default: `gateway`.", min_length=1
+    )
+    gateway_template: str | None = setting(
+        None,
+        "URI template of another RFC 9298 proxy, with `{target_host}` and `{target_port}`. "
+        "Default: toppy's own.",
+    )
+    ca_cert_path: str | None = setting(
+        None, "PEM file with the CA to trust. Default: the system's.", min_length=1
+    )
+    auth_token: SecretStr | None = setting(None, "The bearer token, where there is no `[auth]`.")
+    mtu: int | None = setting(
+        None, "UDP payload of the first packets, in bytes; 1350 is recommended.", ge=1, le=65535
+    )
+    policy: ClientPolicy | None = None
+    auth: Auth | None = Field(None, discriminator="mode")
+    rate: RateSection = Field(default_factory=RateSection)
+    quic: ClientQuicSection = Field(default_factory=ClientQuicSection)
+    udp_idle_s: float = setting(
+        60.0, "A local peer that is silent for so long is forgotten.", ge=1, le=86_400
+    )
+    udp_max_peers: int = setting(128, "Local peers at once; further ones are dropped.", ge=1, le=65535)
+    audit_log_path: str | None = setting(None, "Used by a later version.", min_length=1)
+    audit_signing_key: SecretStr | None = setting(None, "Used by a later version.")
+    audit_ship_url: str | None = setting(None, "Used by a later version.", min_length=1)
+    audit_ship_token: SecretStr | None = setting(None, "Used by a later version.")
+    audit_ship_timeout_secs: float = setting(3.0, "Used by a later version.", gt=0)
+
+    @field_validator("auth_token", "audit_signing_key", "audit_ship_token")
+    @classmethod
+    def _not_empty(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None and not value.get_secret_value():
+            raise ValueError("must not be empty")
+        return value
+
+    @field_validator("gateway")
+    @classmethod
+    def _host(cls, value: str) -> str:
+        host = value.removeprefix("[").removesuffix("]")
+        try:
+            return str(ipaddress.ip_address(host))
+        except ValueError:
+            pass
+        if not re.fullmatch(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*\.?", host):
+            raise ValueError("must be a host name or an address, without a port or a scheme")
+        return host
+
+    @field_validator("gateway_template")
+    @classmethod
+    def _template(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        is_query = re.search(r"\{[?&](target_host,target_port|target_port,target_host)\}", value)
+        if not value.startswith("https://") or not (
+            is_query or all(name in value for name in _TEMPLATE_NAMES)
+        ):
+            raise ValueError(
+                "must be an https:// URI template with {target_host} and {target_port}"
+            )
+        return value
+
+    @property
+    def token(self) -> SecretStr | None:
+        """The bearer token that the file has, if it has one (T-033)."""
+        if self.auth is None:
+            return self.auth_token
+        return self.auth.token if isinstance(self.auth, TokenAuth) else None
+
+
+ENVIRONMENT: Mapping[str, str] = {
+    "TOPPY_QUIC_ENGINE": "quic.engine",
+    "TOPPY_UDP_IDLE_SECS": "udp_idle_s",
+    "TOPPY_UDP_MAX_PEERS": "udp_max_peers",
+}
+"""Which key each variable overrides."""
+
+
+def parse_client_config(text: str, source: str, environ: Mapping[str, str]) -> ClientConfig:
+    """Validate a client's file under the environment. Raises ``ConfigError``."""
+    data = parse_toml(text, source)
+    apply_environment(data, environ, ENVIRONMENT)
+    return validate(ClientConfig, data, text, source)
+
+
+def client_config_path(flag: str | None, environ: Mapping[str, str], home: str) -> str:
+    """Which file: ``--config``, ``TOPPY_CONFIG``, or the one in the home directory (T-030)."""
+    if flag:
+        return flag
+    if environ.get("TOPPY_CONFIG"):
+        return environ["TOPPY_CONFIG"]
+    base = environ.get("XDG_CONFIG_HOME") or posixpath.join(home, ".config")
+    return posixpath.join(base, "toppy", "config.toml")

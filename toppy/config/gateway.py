@@ -1,0 +1,409 @@
+"""The gateway's configuration: ``gateway.toml`` and the environment (pure: text in, settings out).
+
+Each field's description, unit and ``applies`` (``hot``, ``reload`` or ``restart``) make the
+configuration reference.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import posixpath
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    field_validator,
+    model_validator,
+)
+
+from toppy.config.address import parse_host_port
+from toppy.config.policy import PolicyRule, name_rules
+from toppy.config.reading import apply_environment, parse_toml, suggest, validate
+from toppy.errors import ConfigError
+
+Engine = Literal["auto", "native", "aioquic"]
+CongestionControl = Literal["cubic", "bbr", "newreno"]
+LogLevel = Literal["debug", "info", "warning", "error"]
+
+
+def setting(default: Any, description: str, *, applies: str = "restart", **bounds: Any) -> Any:
+    """A field with what the reference says about it."""
+    return Field(
+        default, description=description, json_schema_extra={"applies": applies}, **bounds
+    )
+
+
+class Section(BaseModel):
+    """A table: frozen, and unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def _split(value: Any) -> Any:
+    if isinstance(value, str):
+        return tuple(part.strip() for part in value.split(",") if part.strip())
+    return value
+
+
+class ListenSection(Section):
+    """Where the gateway listens."""
+
+    quic: Annotated[tuple[str, ...], BeforeValidator(_split)] = setting(
+        ("0.0.0.0:4433", "[::]:4433"),
+        "UDP addresses of the QUIC port. One SO_REUSEPORT group each.",
+    )
+    health: str = setting(
+        "0.0.0.0:8080", "TCP address of `/healthz` and `/metrics`; empty: none."
+    )
+    socket_buffer_bytes: int = setting(
+        8 << 20,
+        "Asked for as receive and send buffer of each UDP socket; the kernel may give less "
+        "(`net.core.rmem_max`).",
+        ge=65536,
+        le=1 << 30,
+    )
+
+    @field_validator("quic")
+    @classmethod
+    def _quic(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not value:
+            raise ValueError("at least one HOST:PORT is needed")
+        for text in value:
+            _check_numeric(text)
+        return value
+
+    @field_validator("health")
+    @classmethod
+    def _health(cls, value: str) -> str:
+        if value:
+            _check_numeric(value)
+        return value
+
+
+def _check_numeric(text: str) -> None:
+    host, _ = parse_host_port(text)
+    try:
+        ipaddress.ip_address(host.partition("%")[0])
+    except ValueError:
+        raise ValueError(f"{text!r}: write an address, not a name, such as 0.0.0.0:4433") from None
+
+
+class TlsSection(Section):
+    """The gateway's certificate. With neither key: a self-signed one for localhost, made at start."""
+
+    certificate: str = setting("", "PEM file: the certificate, then its chain.")
+    private_key: str = setting("", "PEM file: the certificate's key; mode 0600.")
+
+    @model_validator(mode="after")
+    def _both_or_neither(self) -> TlsSection:
+        if bool(self.certificate) != bool(self.private_key):
+            missing = "private_key" if self.certificate else "certificate"
+            raise ValueError(f"certificate and private_key go together; {missing} is missing")
+        return self
+
+
+class JwtSection(Section):
+    """JSON Web Tokens that the gateway accepts. `exp` is required in them."""
+
+    secret: SecretStr | None = setting(None, "HMAC secret (HS256), at least 16 bytes.")
+    secret_file: str = setting("", "File with the HMAC secret; mode 0600.")
+    public_key_file: str = setting("", "PEM public key: RSA, EC or Ed25519.")
+    jwks_file: str = setting("", "JWK set with public keys, chosen by `kid`.")
+    algorithms: tuple[str, ...] = setting(
+        (), "Narrows what the keys allow, for example `['ES256']`. Empty: what fits the key."
+    )
+    issuer: str = setting("", "Required `iss`; empty: any.")
+    audience: str = setting("", "Required in `aud`; empty: any.")
+    leeway_s: float = setting(60.0, "Clock difference allowed, in seconds.", ge=0, le=600)
+
+    @property
+    def is_configured(self) -> bool:
+        """Whether there is any key."""
+        return bool(self.secret or self.secret_file or self.public_key_file or self.jwks_file)
+
+    @model_validator(mode="after")
+    def _has_key(self) -> JwtSection:
+        if self.secret is not None and self.secret_file:
+            raise ValueError("give secret or secret_file, not both")
+        if self.model_fields_set and not self.is_configured:
+            raise ValueError("needs one of secret, secret_file, public_key_file, jwks_file")
+        return self
+
+
+class AuthSection(Section):
+    """Who may use the gateway. Every method that is configured is accepted."""
+
+    token: SecretStr | None = setting(None, "A shared token, at least 8 characters.")
+    token_file: str = setting("", "File with the shared token; mode 0600.")
+    jwt: JwtSection = Field(default_factory=JwtSection)
+
+    @field_validator("token")
+    @classmethod
+    def _long_enough(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None and len(value.get_secret_value()) < 8:
+            raise ValueError("is too short: at least 8 characters")
+        return value
+
+    @model_validator(mode="after")
+    def _one_token(self) -> AuthSection:
+        if self.token is not None and self.token_file:
+            raise ValueError("give token or token_file, not both")
+        return self
+
+    @property
+    def is_configured(self) -> bool:
+        """Whether anybody must prove anything."""
+        return bool(self.token or self.token_file or self.jwt.is_configured)
+
+
+class PolicySection(Section):
+    """Ordered rules; the first that matches decides; what no rule allows is denied."""
+
+    rules: tuple[PolicyRule, ...] = setting((), "See below.")
+
+    @field_validator("rules")
+    @classmethod
+    def _named(cls, value: tuple[PolicyRule, ...]) -> tuple[PolicyRule, ...]:
+        return name_rules(value)
+
+
+class QuicSection(Section):
+    """The QUIC engine and its path."""
+
+    engine: Engine = setting(
+        "auto", "`native` (fast, where it was built), `aioquic` (portable), `auto`: the best."
+    )
+    congestion_control: CongestionControl = setting(
+        "cubic", "How sending adapts to the path; aioquic has no `bbr` and uses `cubic` for it."
+    )
+    idle_timeout_s: float = setting(
+        30.0, "A connection that is silent for so long is closed.", ge=1, le=3600
+    )
+    initial_packet_bytes: int = setting(
+        1350,
+        "UDP payload of the first packets; below 1,280 an inner QUIC handshake does not fit.",
+        ge=1200,
+        le=9000,
+    )
+    max_packet_bytes: int = setting(
+        1452, "Upper bound of path MTU discovery (native engine).", ge=1200, le=65527
+    )
+    gso: bool = setting(True, "Send in batches (UDP_SEGMENT); switches itself off where refused.")
+    gro: bool = setting(True, "Receive in batches (UDP_GRO).")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> QuicSection:
+        if self.max_packet_bytes < self.initial_packet_bytes:
+            raise ValueError("max_packet_bytes must not be below initial_packet_bytes")
+        return self
+
+
+class LimitsSection(Section):
+    """Bounds of each worker. Over a limit: an answer that says so, and a counter."""
+
+    max_connections: int = setting(10_000, "Connections of one worker.", ge=1, le=1_000_000)
+    max_connections_per_source: int = setting(
+        1_000, "Of one IPv4 address or one IPv6 /64, in one worker.", ge=1, le=1_000_000
+    )
+    max_tunnels_per_connection: int = setting(
+        1_000, "Beyond it: 429.", ge=1, le=100_000
+    )
+    max_streams_per_connection: int = setting(
+        1_024, "Request streams that a client may have open.", ge=1, le=100_000
+    )
+    max_header_bytes: int = setting(
+        16_384, "A request's header section, as RFC 9114 section 4.2.2 counts.", ge=1024, le=1 << 20
+    )
+    tunnel_idle_timeout_s: float = setting(
+        120.0,
+        "A tunnel without a datagram in either direction for so long is closed (RFC 9298 "
+        "section 3.1 asks for two minutes at least).",
+        ge=1,
+        le=86_400,
+    )
+    handshake_timeout_s: float = setting(
+        10.0, "From the first packet to the end of the handshake.", ge=0.5, le=60
+    )
+    retry_threshold: int = setting(
+        200,
+        "Handshakes under way in a worker above which clients must prove their address (Retry).",
+        ge=0,
+        le=1_000_000,
+    )
+    admission_timeout_s: float = setting(
+        10.0, "For authentication, policy and name resolution; beyond it: 504.", ge=1, le=60
+    )
+    max_pending_admissions: int = setting(
+        1_024, "Tunnels being opened in a worker; beyond it: 429.", ge=1, le=100_000
+    )
+    max_failed_auth_per_connection: int = setting(
+        10, "Refused credentials after which the connection is closed.", ge=1, le=10_000
+    )
+    early_datagrams_per_tunnel: int = setting(
+        64, "Datagrams held while their tunnel is being opened.", ge=0, le=10_000
+    )
+    early_bytes_per_tunnel: int = setting(
+        131_072, "The same in bytes.", ge=0, le=1 << 24
+    )
+    tunnel_queue_bytes: int = setting(
+        1 << 20, "Datagrams waiting to be sent to the client, per tunnel.", ge=65_536, le=1 << 28
+    )
+    connection_queue_bytes: int = setting(
+        8 << 20, "The same per connection.", ge=65_536, le=1 << 30
+    )
+
+
+class ResolverSection(Section):
+    """Name resolution of targets, at the gateway."""
+
+    nameservers: Annotated[tuple[str, ...], BeforeValidator(_split)] = setting(
+        (), "`IP` or `IP:PORT`; empty: the system's (`/etc/resolv.conf`)."
+    )
+    timeout_s: float = setting(3.0, "For one name, all servers together.", gt=0, le=30)
+
+    @field_validator("nameservers")
+    @classmethod
+    def _addresses(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for text in value:
+            try:
+                ipaddress.ip_address(text)
+            except ValueError:
+                _check_numeric(text)
+        return value
+
+
+class LogSection(Section):
+    """Logs on standard error."""
+
+    level: LogLevel = setting("info", "What is worth a line.")
+    format: Literal["auto", "console", "json"] = setting(
+        "auto", "`auto`: for people on a terminal, JSON otherwise."
+    )
+
+
+class GatewayConfig(Section):
+    """``gateway.toml``."""
+
+    workers: int | Literal["auto"] = setting("auto", "Data-plane processes; `auto`: one per core.")
+    runtime_dir: str = setting(
+        "/run/toppy-gw", "Unix sockets and the lock; mode 0700. Relative to this file."
+    )
+    name: str = setting("toppy-gw", "How answers (Proxy-Status) call this gateway.")
+    insecure_no_auth: bool = setting(
+        False, "Serve without authentication; only on loopback addresses."
+    )
+    listen: ListenSection = Field(default_factory=ListenSection)
+    tls: TlsSection = Field(default_factory=TlsSection)
+    auth: AuthSection = Field(default_factory=AuthSection)
+    policy: PolicySection = Field(default_factory=PolicySection)
+    quic: QuicSection = Field(default_factory=QuicSection)
+    limits: LimitsSection = Field(default_factory=LimitsSection)
+    resolver: ResolverSection = Field(default_factory=ResolverSection)
+    log: LogSection = Field(default_factory=LogSection)
+
+    @field_validator("workers")
+    @classmethod
+    def _workers(cls, value: int | str) -> int | str:
+        if isinstance(value, int) and not 1 <= value <= 64:
+            raise ValueError("must be 'auto' or a number from 1 to 64")
+        return value
+
+    @field_validator("name")
+    @classmethod
+    def _token(cls, value: str) -> str:
+        if not re.fullmatch(r"[A-Za-z*][A-Za-z0-9:/!#$%&'*+.^_`|~-]{0,62}", value):
+            raise ValueError("must be a token of RFC 8941: letters, digits, - . _")
+        return value
+
+    @field_validator("runtime_dir")
+    @classmethod
+    def _not_empty(cls, value: str) -> str:
+        if not value:
+            raise ValueError("must name a directory")
+        return value
+
+    @model_validator(mode="after")
+    def _safe(self) -> GatewayConfig:
+        if self.auth.is_configured:
+            return self
+        if not self.insecure_no_auth:
+            raise ValueError(
+                "no authentication is configured: set auth.token_file or [auth.jwt] "
+                "(or TOPPY_GW_TOKEN), or insecure_no_auth = true on loopback addresses"
+            )
+        for text in self.listen.quic:
+            host, _ = parse_host_port(text)
+            if not ipaddress.ip_address(host.partition("%")[0]).is_loopback:
+                raise ValueError(
+                    f"insecure_no_auth = true is refused on {text}: without authentication the "
+                    "gateway listens on loopback addresses only"
+                )
+        return self
+
+
+ENVIRONMENT: Mapping[str, str] = {
+    "TOPPY_GW_LISTEN": "listen.health",
+    "TOPPY_GW_QUIC_LISTEN": "listen.quic",
+    "TOPPY_GW_CERT": "tls.certificate",
+    "TOPPY_GW_KEY": "tls.private_key",
+    "TOPPY_GW_TOKEN": "auth.token",
+    "TOPPY_GW_JWT_SECRET": "auth.jwt.secret",
+    "TOPPY_GW_JWT_ISS": "auth.jwt.issuer",
+    "TOPPY_GW_JWT_AUD": "auth.jwt.audience",
+    "TOPPY_GW_LOG_LEVEL": "log.level",
+    "TOPPY_GW_RUNTIME_DIR": "runtime_dir",
+    "TOPPY_QUIC_ENGINE": "quic.engine",
+}
+"""Which key each variable overrides."""
+_OTHER_VARIABLES = ("TOPPY_GW_CONFIG",)
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedConfig:
+    """A configuration, and what should be said about it."""
+
+    config: GatewayConfig
+    warnings: tuple[str, ...]
+
+
+def parse_gateway_config(text: str, source: str, environ: Mapping[str, str]) -> LoadedConfig:
+    """Validate a ``gateway.toml`` (may be empty) under the environment. Raises ``ConfigError``."""
+    data = parse_toml(text, source)
+    if bool(environ.get("TOPPY_GW_CERT")) != bool(environ.get("TOPPY_GW_KEY")):
+        raise ConfigError(
+            "TOPPY_GW_CERT and TOPPY_GW_KEY go together: set both or neither",
+            key="tls.certificate",
+        )
+    _replace_files(data, environ)
+    apply_environment(data, environ, ENVIRONMENT)
+    known = [*ENVIRONMENT, *_OTHER_VARIABLES]
+    warnings = tuple(
+        f"environment variable {name} is not known{suggest(name, known)}"
+        for name in sorted(environ)
+        if name.startswith("TOPPY_GW_") and name not in known
+    )
+    return LoadedConfig(validate(GatewayConfig, data, text, source), warnings)
+
+
+def _replace_files(data: dict[str, Any], environ: Mapping[str, str]) -> None:
+    """A secret in the environment stands in the place of the file's, however that was given."""
+    auth = data.get("auth")
+    if not isinstance(auth, dict):
+        return
+    if environ.get("TOPPY_GW_TOKEN"):
+        auth.pop("token_file", None)
+    jwt = auth.get("jwt")
+    if environ.get("TOPPY_GW_JWT_SECRET") and isinstance(jwt, dict):
+        jwt.pop("secret_file", None)
+
+
+def resolve_path(base_dir: str, value: str) -> str:
+    """A path from the configuration: relative ones begin at the configuration file's folder."""
+    return value if posixpath.isabs(value) else posixpath.join(base_dir, value)

@@ -1,0 +1,105 @@
+"""May this client open this tunnel: authentication, policy, resolution, policy on addresses.
+
+In this order, so that nobody unauthenticated makes the gateway resolve a name. The addresses in
+the grant are the checked ones; the worker connects to nothing else.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+from collections.abc import Callable
+from typing import Literal, cast
+
+from toppy.auth.authenticator import Authenticator
+from toppy.auth.jwt import AuthenticationError
+from toppy.errors import TargetError
+from toppy.model.grant import Denial, Grant
+from toppy.model.target import Target
+from toppy.net.resolver import Resolver
+from toppy.policy.ruleset import Ruleset
+from toppy.wire.ipc_message import AdmissionRequest
+
+ECHO_RULE = "built-in echo"
+
+
+class Admission:
+    """Decides with the configuration of one revision."""
+
+    def __init__(
+        self,
+        authenticator: Authenticator,
+        ruleset: Ruleset,
+        resolver: Resolver,
+        clock: Callable[[], float],
+    ) -> None:
+        self._authenticator = authenticator
+        self._ruleset = ruleset
+        self._resolver = resolver
+        self._clock = clock
+
+    def is_valid(self, authorization: str | None) -> bool:
+        """Whether a credential is good, whatever it would be used for."""
+        try:
+            self._authenticator.authenticate(authorization, self._clock())
+        except AuthenticationError:
+            return False
+        return True
+
+    async def decide(self, request: AdmissionRequest) -> Grant | Denial:
+        """Grant or denial; never raises for what a client or a target did."""
+        try:
+            who = self._authenticator.authenticate(request.authorization, self._clock())
+        except AuthenticationError as error:
+            return Denial(401, "http_request_denied", str(error))
+        identity = who.identity
+        if request.is_echo:
+            return Grant(
+                addresses=(),
+                port=request.port,
+                subject=identity.subject,
+                rule=ECHO_RULE,
+                revision=self._ruleset.revision,
+                is_echo=True,
+                expires_at=who.expires_at,
+            )
+        target = Target(
+            request.host, request.port, cast(Literal["udp", "tcp"], request.protocol)
+        )
+        early = self._ruleset.may_resolve(identity, target)
+        if not early.is_allowed:
+            return Denial(403, "http_request_denied", early.reason, early.rule)
+        try:
+            addresses = await self._addresses(target.host)
+        except TargetError as error:
+            return Denial(error.status, error.proxy_status, str(error))
+        own = frozenset(address for address in addresses if _is_own(address))
+        decision = self._ruleset.decide(identity, target, addresses, own_addresses=own)
+        if not decision.is_allowed:
+            kind = "destination_ip_prohibited" if decision.category else "http_request_denied"
+            return Denial(403, kind, decision.reason, decision.rule)
+        return Grant(
+            addresses=decision.addresses,
+            port=target.port,
+            subject=identity.subject,
+            rule=decision.rule,
+            revision=self._ruleset.revision,
+            expires_at=who.expires_at,
+        )
+
+    async def _addresses(self, host: str) -> tuple[str, ...]:
+        try:
+            return (str(ipaddress.ip_address(host)),)
+        except ValueError:
+            return await self._resolver.resolve(host)
+
+
+def _is_own(address: str) -> bool:
+    """Whether ``address`` belongs to this host now: only then can a socket be bound to it."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    try:
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.bind((address, 0))
+    except OSError:
+        return False
+    return True

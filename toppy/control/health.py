@@ -1,0 +1,76 @@
+"""What the control plane answers over HTTP: health and metrics to everybody, status to operators."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+_NO_STORE = {"cache-control": "no-store"}
+
+
+def health_app(is_healthy: Callable[[], bool], metrics: Callable[[], bytes]) -> Starlette:
+    """``/healthz`` (T-061) and ``/metrics``; everything else is 404."""
+
+    async def healthz(_: Request) -> Response:
+        if is_healthy():
+            return JSONResponse({"status": "ok"}, headers=_NO_STORE)
+        return JSONResponse({"status": "starting"}, status_code=503, headers=_NO_STORE)
+
+    async def render(_: Request) -> Response:
+        return Response(
+            metrics(),
+            headers=_NO_STORE,
+            media_type="text/plain; version=0.0.4; charset=utf-8",
+        )
+
+    return Starlette(routes=[Route("/healthz", healthz), Route("/metrics", render)])
+
+
+def admin_app(status: Callable[[], dict[str, Any]]) -> Starlette:
+    """What ``toppy-gw status`` asks through the unix socket of the runtime directory."""
+
+    async def show(_: Request) -> Response:
+        return JSONResponse(status(), headers=_NO_STORE)
+
+    return Starlette(routes=[Route("/status", show)])
+
+
+class _Server(uvicorn.Server):
+    """Leaves signals to the control plane."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+async def serve_http(app: Starlette, sock: socket.socket) -> None:
+    """Serve ``app`` on a bound socket until cancelled."""
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        lifespan="off",
+        server_header=False,
+        limit_concurrency=64,
+        timeout_keep_alive=5,
+        h11_max_incomplete_event_size=8192,
+    )
+    server = _Server(config)
+    task = asyncio.ensure_future(server.serve(sockets=[sock]))
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        server.should_exit = True
+        server.force_exit = True
+        with contextlib.suppress(TimeoutError, asyncio.CancelledError):
+            await asyncio.wait_for(task, 1.0)
+        raise

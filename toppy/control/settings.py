@@ -1,0 +1,177 @@
+"""From the configuration file to what the control plane works with: files read, keys made."""
+
+from __future__ import annotations
+
+import secrets
+import stat
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from toppy.auth.authenticator import Authenticator
+from toppy.auth.bearer import StaticToken
+from toppy.auth.jwt import JwtVerifier
+from toppy.config.gateway import (
+    AuthSection,
+    GatewayConfig,
+    LoadedConfig,
+    parse_gateway_config,
+    resolve_path,
+)
+from toppy.errors import ConfigError
+from toppy.system.certificate_authority import issue_self_signed, names_of
+
+SYSTEM_CONFIG = "/etc/toppy/gateway.toml"
+_MAX_FILE_BYTES = 1 << 20
+_MIN_TOKEN_CHARACTERS = 8
+
+_Read = Callable[..., bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class GatewaySettings:
+    """A configuration whose files were found and read."""
+
+    config: GatewayConfig
+    warnings: tuple[str, ...]
+    source: str
+    runtime_dir: Path
+    certificate_chain_pem: bytes
+    private_key_pem: bytes = field(repr=False)
+    names: tuple[str, ...]
+    """DNS names and addresses of the certificate, and localhost: the gateway's own names."""
+    authenticator: Authenticator = field(repr=False)
+    reset_key: bytes = field(repr=False)
+    token_key: bytes = field(repr=False)
+
+
+def config_path(flag: str | None, environ: Mapping[str, str]) -> Path | None:
+    """Which file: the flag, ``TOPPY_GW_CONFIG``, or the system's where there is one."""
+    if flag is not None:
+        return Path(flag)
+    if environ.get("TOPPY_GW_CONFIG"):
+        return Path(environ["TOPPY_GW_CONFIG"])
+    system = Path(SYSTEM_CONFIG)
+    return system if system.exists() else None
+
+
+def load_config(path: Path | None, environ: Mapping[str, str]) -> LoadedConfig:
+    """Parse the file, or the environment alone. Raises ``ConfigError``."""
+    text, source = "", "environment"
+    if path is not None:
+        source = str(path)
+        text = _read(path, "configuration").decode("utf-8", "replace")
+    return parse_gateway_config(text, source, environ)
+
+
+def load_settings(path: Path | None, environ: Mapping[str, str]) -> GatewaySettings:
+    """Configuration and every file that it names. Raises ``ConfigError``."""
+    loaded = load_config(path, environ)
+    config = loaded.config
+    base = _base_directory(path)
+    warnings = list(loaded.warnings)
+
+    def read(value: str, key: str, *, is_secret: bool = False) -> bytes:
+        where = Path(resolve_path(base, value))
+        data = _read(where, key)
+        if is_secret and where.stat().st_mode & (stat.S_IRGRP | stat.S_IROTH):
+            warnings.append(f"{key}: {where} can be read by others; run: chmod 600 {where}")
+        return data
+
+    if config.tls.certificate:
+        chain = read(config.tls.certificate, "tls.certificate")
+        key = read(config.tls.private_key, "tls.private_key", is_secret=True)
+    else:
+        made = issue_self_signed(("localhost", "127.0.0.1", "::1"))
+        chain, key = made.certificate_pem, made.key_pem
+        warnings.append(
+            "no tls.certificate: using a self-signed one for localhost, made at this start"
+        )
+    return GatewaySettings(
+        config=config,
+        warnings=tuple(warnings),
+        source=str(path or "environment"),
+        runtime_dir=Path(resolve_path(base, config.runtime_dir)),
+        certificate_chain_pem=chain,
+        private_key_pem=key,
+        names=_names(chain),
+        authenticator=_authenticator(config.auth, read, is_open=config.insecure_no_auth),
+        reset_key=secrets.token_bytes(64),
+        token_key=secrets.token_bytes(64),
+    )
+
+
+def runtime_directory(path: Path | None, environ: Mapping[str, str]) -> Path:
+    """Where the gateway of this configuration has its sockets. Raises ``ConfigError``."""
+    config = load_config(path, environ).config
+    return Path(resolve_path(_base_directory(path), config.runtime_dir))
+
+
+def _base_directory(path: Path | None) -> str:
+    return str(path.absolute().parent if path is not None else Path.cwd())
+
+
+def _read(path: Path, what: str) -> bytes:
+    try:
+        with path.open("rb") as file:
+            data = file.read(_MAX_FILE_BYTES + 1)
+    except OSError as error:
+        raise ConfigError(f"{what}: cannot read {path}: {error.strerror}", key=what) from None
+    if len(data) > _MAX_FILE_BYTES:
+        raise ConfigError(f"{what}: {path} is larger than 1 MiB", key=what)
+    return data
+
+
+def _read_text(read: _Read, value: str, key: str) -> str:
+    try:
+        text: str = read(value, key, is_secret=True).decode().strip()
+    except UnicodeDecodeError:
+        raise ConfigError(f"{key}: {value} is no UTF-8 text", key=key) from None
+    return text
+
+
+def _names(chain_pem: bytes) -> tuple[str, ...]:
+    try:
+        return tuple(dict.fromkeys(("localhost", *names_of(chain_pem))))
+    except (ValueError, IndexError):
+        raise ConfigError(
+            "tls.certificate: the file has no PEM certificate", key="tls.certificate"
+        ) from None
+
+
+def _authenticator(auth: AuthSection, read: _Read, *, is_open: bool) -> Authenticator:
+    token = auth.token.get_secret_value() if auth.token is not None else ""
+    if auth.token_file:
+        token = _read_text(read, auth.token_file, "auth.token_file")
+        if len(token) < _MIN_TOKEN_CHARACTERS:
+            raise ConfigError(
+                f"auth.token_file: the token is too short: at least {_MIN_TOKEN_CHARACTERS} "
+                "characters",
+                key="auth.token_file",
+            )
+    jwt = auth.jwt
+    verifier = None
+    if jwt.is_configured:
+        secret = jwt.secret.get_secret_value() if jwt.secret is not None else None
+        if jwt.secret_file:
+            secret = _read_text(read, jwt.secret_file, "auth.jwt.secret_file")
+        verifier = JwtVerifier(
+            secret=secret,
+            public_key_pem=(
+                read(jwt.public_key_file, "auth.jwt.public_key_file")
+                if jwt.public_key_file
+                else None
+            ),
+            jwks=(
+                read(jwt.jwks_file, "auth.jwt.jwks_file").decode("utf-8", "replace")
+                if jwt.jwks_file
+                else None
+            ),
+            algorithms=jwt.algorithms,
+            issuer=jwt.issuer or None,
+            audience=jwt.audience or None,
+            leeway_s=jwt.leeway_s,
+        )
+    return Authenticator(
+        static_token=StaticToken(token) if token else None, jwt=verifier, is_open=is_open
+    )

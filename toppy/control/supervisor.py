@@ -1,0 +1,282 @@
+"""Spawns the workers, hears what they say, answers, and replaces the ones that die."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+import os
+import secrets
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping
+
+from toppy.control.admission import Admission
+from toppy.control.listeners import Listeners
+from toppy.control.statistics import Statistics
+from toppy.errors import ResourceLimitError
+from toppy.ipc.control_channel import ControlServer, Peer
+from toppy.model.grant import Denial, Grant
+from toppy.observe.log import get_logger
+from toppy.protocol.backoff import Backoff
+from toppy.protocol.worker_lifecycle import (
+    IllegalTransitionError,
+    WorkerInput,
+    WorkerState,
+    next_state,
+)
+from toppy.wire.ipc_message import (
+    Admitted,
+    AdmissionRequest,
+    FromWorker,
+    Hello,
+    IpcError,
+    Ready,
+    Report,
+    Stop,
+    TokenAnswer,
+    TokenRequest,
+    WorkerSettings,
+    encode_settings,
+)
+
+START_DEADLINE_S = 15.0
+"""From spawn to READY, on a loaded machine."""
+_STABLE_S = 10.0
+"""A worker that lived this long did not die of its start; the back-off begins anew."""
+_MAX_DECISIONS = 4096
+"""Admissions under way at once; more are answered 429."""
+
+_log = get_logger("supervisor")
+
+
+class Worker:
+    """One worker process as the control plane knows it."""
+
+    def __init__(self, slot: int, generation: int, process: asyncio.subprocess.Process) -> None:
+        self.slot = slot
+        self.generation = generation
+        self.process = process
+        self.secret = ""
+        self.peer: Peer | None = None
+        self.engine = ""
+        self.state = WorkerState.SPAWNED
+        self.started_at = time.time()
+        self.serving = asyncio.Event()
+
+    def handle(self, happened: WorkerInput) -> None:
+        """Take one step of the lifecycle; raises ``IllegalTransitionError``."""
+        self.state = next_state(self.state, happened)
+        if self.state is WorkerState.SERVING:
+            self.serving.set()
+
+
+class Supervisor:
+    """Keeps one worker serving in each active slot."""
+
+    def __init__(
+        self,
+        server: ControlServer,
+        listeners: Listeners,
+        admission: Admission,
+        statistics: Statistics,
+        settings_for: Callable[[int, int, str], WorkerSettings],
+        *,
+        worker_count: int,
+    ) -> None:
+        self._server = server
+        self._listeners = listeners
+        self._admission = admission
+        self._statistics = statistics
+        self._settings_for = settings_for
+        self._slots = range(worker_count)
+        self.generation = 1
+        self.workers: dict[int, Worker] = {}
+        self.deaths = 0
+        self._by_peer: dict[Peer, Worker] = {}
+        self._is_stopping = False
+        self._group: asyncio.TaskGroup | None = None
+        self._decisions = 0
+
+    async def run(self, on_serving: Callable[[], None]) -> None:
+        """Serve until cancelled; ``on_serving`` is called once every worker has reported READY.
+
+        Raises ``ResourceLimitError`` when the first workers do not come up.
+        """
+        async with asyncio.TaskGroup() as group:
+            self._group = group
+            group.create_task(
+                self._server.serve(self._receive, self._receive_report, self._receive_garbage)
+            )
+            # before the workers read: what arrives meanwhile waits where it will be read
+            self._listeners.steer(list(self._slots))
+            for slot in self._slots:
+                await self._spawn(slot)
+            try:
+                async with asyncio.timeout(START_DEADLINE_S):
+                    for slot in self._slots:
+                        await self.workers[slot].serving.wait()
+            except TimeoutError:
+                raise ResourceLimitError(
+                    f"the workers did not come up within {START_DEADLINE_S:.0f} s; "
+                    "the log above says why"
+                ) from None
+            for slot in self._slots:
+                group.create_task(self._keep_alive(slot))
+            on_serving()
+
+    async def stop(self, deadline_s: float) -> None:
+        """Tell every worker to stop; what still runs after ``deadline_s`` is killed."""
+        self._is_stopping = True
+        for worker in self.workers.values():
+            with contextlib.suppress(IllegalTransitionError):
+                worker.handle(WorkerInput.STOP)
+            if worker.peer is not None:
+                self._server.send(worker.peer, Stop(deadline_s))
+            with contextlib.suppress(ProcessLookupError):
+                worker.process.send_signal(signal.SIGTERM)
+        try:
+            async with asyncio.timeout(deadline_s):
+                for worker in self.workers.values():
+                    await worker.process.wait()
+        except TimeoutError:
+            for worker in self.workers.values():
+                with contextlib.suppress(ProcessLookupError):
+                    worker.process.kill()
+                await worker.process.wait()
+
+    async def _spawn(self, slot: int) -> None:
+        secret = secrets.token_hex(32)
+        settings = self._settings_for(slot, self.generation, secret)
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-I",
+            "-m",
+            "toppy.worker",
+            stdin=asyncio.subprocess.PIPE,
+            pass_fds=settings.sockets,
+            env=_worker_environment(os.environ),
+        )
+        worker = Worker(slot, self.generation, process)
+        worker.secret = secret
+        self.workers[slot] = worker
+        assert process.stdin is not None
+        # the pipe stays open: its end tells the worker that we are gone
+        process.stdin.write(encode_settings(settings))
+        _log.info("worker started", slot=slot, generation=self.generation, pid=process.pid)
+
+    async def _keep_alive(self, slot: int) -> None:
+        backoff = Backoff(lambda: secrets.randbelow(1000) / 1000, first_s=0.05, most_s=10.0)
+        while True:
+            worker = self.workers[slot]
+            code = await worker.process.wait()
+            self._forget(worker)
+            if self._is_stopping:
+                return
+            self.deaths += 1
+            lived_s = time.time() - worker.started_at
+            _log.error(
+                "worker died",
+                slot=slot,
+                generation=worker.generation,
+                pid=worker.process.pid,
+                exit_code=code,
+                lived_s=round(lived_s, 1),
+            )
+            if lived_s >= _STABLE_S:
+                backoff.reset()
+            else:
+                await asyncio.sleep(backoff.next_delay_s())
+            await self._respawn(slot)
+
+    async def _respawn(self, slot: int) -> None:
+        if not self._is_stopping:  # it may have changed during the pause
+            await self._spawn(slot)
+
+    def _forget(self, worker: Worker) -> None:
+        worker.handle(WorkerInput.EXIT)
+        if worker.peer is not None:
+            self._by_peer.pop(worker.peer, None)
+        self._statistics.worker_gone(worker.slot)
+        if worker.process.stdin is not None:
+            worker.process.stdin.close()
+
+    # what workers say
+
+    def _receive(self, peer: Peer, message: FromWorker) -> None:
+        if isinstance(message, Hello):
+            self._greet(peer, message)
+            return
+        worker = self._by_peer.get(peer)
+        if worker is None:
+            _log.warning("a stranger spoke on the control channel")
+            return
+        try:
+            if isinstance(message, Ready):
+                worker.handle(WorkerInput.READY)
+                worker.engine = message.engine
+                _log.info("worker serves", slot=worker.slot, generation=worker.generation)
+                return
+            worker.handle(WorkerInput.REQUEST)
+        except IllegalTransitionError as error:
+            _log.error("worker broke the protocol", slot=worker.slot, reason=str(error))
+            worker.process.kill()
+            return
+        match message:
+            case TokenRequest():
+                is_valid = self._admission.is_valid(message.authorization)
+                self._server.send(peer, TokenAnswer(message.request, is_valid))
+            case AdmissionRequest():
+                self._admit(peer, message)
+
+    def _greet(self, peer: Peer, hello: Hello) -> None:
+        worker = self.workers.get(hello.slot)
+        if worker is None or not hmac.compare_digest(worker.secret, hello.secret):
+            _log.warning("a process that we did not start said hello", pid=hello.pid)
+            return
+        try:
+            worker.handle(WorkerInput.HELLO)
+        except IllegalTransitionError as error:
+            _log.error("worker broke the protocol", slot=worker.slot, reason=str(error))
+            worker.process.kill()
+            return
+        worker.peer = peer
+        self._by_peer[peer] = worker
+
+    def _admit(self, peer: Peer, message: AdmissionRequest) -> None:
+        assert self._group is not None
+        if self._decisions >= _MAX_DECISIONS:
+            denial = Denial(429, "connection_limit_reached", "too many tunnels are being opened")
+            self._server.send(peer, Admitted(message.request, None, denial))
+            return
+        self._decisions += 1
+        self._group.create_task(self._decide(peer, message))
+
+    async def _decide(self, peer: Peer, message: AdmissionRequest) -> None:
+        try:
+            decision = await self._admission.decide(message)
+        finally:
+            self._decisions -= 1
+        if isinstance(decision, Grant):
+            self._server.send(peer, Admitted(message.request, decision, None))
+        else:
+            self._server.send(peer, Admitted(message.request, None, decision))
+
+    def _receive_report(self, report: Report) -> None:
+        worker = self.workers.get(report.slot)
+        if worker is None or not hmac.compare_digest(worker.secret, report.secret):
+            return  # the last words of a worker that has been replaced, or a stranger
+        with contextlib.suppress(IllegalTransitionError):
+            worker.handle(WorkerInput.REPORT)
+            if worker.state is not WorkerState.GONE:
+                self._statistics.report(report.slot, report.counters)
+
+    def _receive_garbage(self, error: IpcError) -> None:
+        _log.warning("something else than a message on the control channel", reason=str(error))
+
+
+def _worker_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """What a worker inherits: nothing that may be a secret."""
+    kept = ("PATH", "LANG", "LC_ALL", "TZ", "HOME", "TMPDIR", "RUST_BACKTRACE", "SSL_CERT_FILE")
+    return {name: environ[name] for name in kept if name in environ}

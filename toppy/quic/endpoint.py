@@ -1,0 +1,264 @@
+"""One UDP port's QUIC connections as HTTP/3: an engine below, an ``Http3Session`` per connection.
+
+Sans-I/O, for gateway and client alike. Feed ``receive`` and ``handle_timeout``; then drain
+``poll_events``, ``poll_datagrams`` and ``poll_transmits``. A connection whose ALPN is not ``h3``
+(``toppy-ping``) hands its stream bytes through as ``RawStreamReceived``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from aioquic.h3.events import HeadersReceived as H3HeadersReceived
+
+from toppy.errors import PeerError
+from toppy.model.drop_reason import DropReason
+from toppy.quic.engine import (
+    Address,
+    Buffer,
+    ConnectionAccepted,
+    ConnectionClosed,
+    DatagramGroup,
+    Engine,
+    Event,
+    HandshakeCompleted,
+    StopSendingReceived,
+    StreamDataReceived,
+    StreamReset,
+    Transmit,
+)
+from toppy.quic.h3 import H3_EXCESSIVE_LOAD, H3_GENERAL_PROTOCOL_ERROR, Headers, Http3Session
+
+H3_ALPN = "h3"
+PING_ALPN = "toppy-ping"
+
+_FIELD_OVERHEAD_BYTES = 32  # RFC 9114 section 4.2.2
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectionOpened:
+    """The handshake is done; on a client with ALPN ``h3``, the gateway's SETTINGS are here too."""
+
+    connection: int
+    alpn_protocol: str
+
+
+@dataclass(frozen=True, slots=True)
+class HeadersReceived:
+    connection: int
+    stream_id: int
+    headers: Headers
+    ended: bool
+
+
+@dataclass(frozen=True, slots=True)
+class BodyReceived:
+    """Bytes of DATA frames: on a tunnel, a stretch of capsules."""
+
+    connection: int
+    stream_id: int
+    data: bytes
+    ended: bool
+
+
+@dataclass(frozen=True, slots=True)
+class StreamAborted:
+    """The peer gave the stream up, in one direction at least."""
+
+    connection: int
+    stream_id: int
+    error_code: int
+
+
+@dataclass(frozen=True, slots=True)
+class RawStreamReceived:
+    """Stream bytes of a connection that does not speak HTTP/3."""
+
+    connection: int
+    stream_id: int
+    data: bytes
+    ended: bool
+
+
+EndpointEvent = (
+    ConnectionAccepted
+    | ConnectionOpened
+    | HeadersReceived
+    | BodyReceived
+    | StreamAborted
+    | RawStreamReceived
+    | ConnectionClosed
+)
+
+
+class Endpoint:
+    """HTTP/3 over one engine. Unknown connections and streams are left alone, never an error."""
+
+    def __init__(self, engine: Engine, *, is_client: bool, max_header_bytes: int = 16384) -> None:
+        self.engine = engine
+        self._is_client = is_client
+        self._max_header_bytes = max_header_bytes
+        self._sessions: dict[int, Http3Session] = {}
+        self._awaiting_settings: set[int] = set()
+        self._raw_connections: set[int] = set()
+        self._events: list[EndpointEvent] = []
+
+    def connect(self, address: Address, server_name: str, now: float) -> int:
+        """Begin a connection (client)."""
+        return self.engine.connect(address, server_name, now)
+
+    def receive(self, buffer: Buffer, segment_size: int, source: Address, now: float) -> None:
+        """See ``Engine.receive``."""
+        self.engine.receive(buffer, segment_size, source, now)
+
+    def handle_timeout(self, now: float) -> None:
+        """See ``Engine.handle_timeout``."""
+        self.engine.handle_timeout(now)
+
+    def next_timeout(self) -> float | None:
+        """See ``Engine.next_timeout``."""
+        return self.engine.next_timeout()
+
+    def poll_events(self, now: float) -> list[EndpointEvent]:
+        """What happened since the last call, in order per connection."""
+        for event in self.engine.poll_events():
+            self._handle(event, now)
+        events, self._events = self._events, []
+        return events
+
+    def poll_datagrams(self) -> list[DatagramGroup]:
+        """See ``Engine.poll_datagrams``. Call it after ``poll_events``: a request's headers and its
+        first datagrams may share a packet.
+        """
+        return self.engine.poll_datagrams()
+
+    def poll_transmits(self, now: float) -> list[Transmit]:
+        """See ``Engine.poll_transmits``."""
+        return self.engine.poll_transmits(now)
+
+    def take_drops(self) -> dict[DropReason, int]:
+        """See ``Engine.take_drops``."""
+        return self.engine.take_drops()
+
+    def send_request(self, connection: int, headers: Headers) -> int | None:
+        """Open a request stream; None while the connection cannot take one."""
+        session = self._sessions.get(connection)
+        return session.open_request(headers) if session is not None else None
+
+    def send_headers(
+        self, connection: int, stream_id: int, headers: Headers, *, end: bool = False
+    ) -> None:
+        """Answer a request."""
+        session = self._sessions.get(connection)
+        if session is not None:
+            session.send_headers(stream_id, headers, end=end)
+
+    def send_body(self, connection: int, stream_id: int, data: bytes, *, end: bool = False) -> None:
+        """Send DATA frames; bound them by ``Engine.stream_backlog_bytes``."""
+        session = self._sessions.get(connection)
+        if session is not None:
+            session.send_data(stream_id, data, end=end)
+
+    def abort_stream(self, connection: int, stream_id: int, error_code: int) -> None:
+        """Reset a request stream in both directions."""
+        session = self._sessions.get(connection)
+        if session is not None:
+            session.abort(stream_id, error_code)
+
+    def may_send_datagrams(self, connection: int) -> bool:
+        """Whether the peer takes HTTP Datagrams in DATAGRAM frames; otherwise only capsules."""
+        session = self._sessions.get(connection)
+        return session is not None and session.may_send_datagrams
+
+    def may_connect(self, connection: int) -> bool:
+        """Whether the gateway takes Extended CONNECT."""
+        session = self._sessions.get(connection)
+        return session is not None and session.may_connect
+
+    def close(self, connection: int, error_code: int, reason: str, now: float) -> None:
+        """Close a connection with an HTTP/3 error code; its ``ConnectionClosed`` follows."""
+        self.engine.close(connection, error_code, reason, now)
+
+    def _handle(self, event: Event, now: float) -> None:
+        match event:
+            case ConnectionAccepted():
+                self._events.append(event)
+            case HandshakeCompleted():
+                self._open(event, now)
+            case ConnectionClosed(connection=connection):
+                self._sessions.pop(connection, None)
+                self._awaiting_settings.discard(connection)
+                self._raw_connections.discard(connection)
+                self._events.append(event)
+            case StreamDataReceived() | StreamReset() | StopSendingReceived():
+                session = self._sessions.get(event.connection)
+                if session is not None:
+                    self._handle_stream(session, event, now)
+                elif (
+                    isinstance(event, StreamDataReceived)
+                    and event.connection in self._raw_connections
+                ):
+                    self._events.append(
+                        RawStreamReceived(
+                            event.connection, event.stream_id, event.data, event.ended
+                        )
+                    )
+
+    def _open(self, event: HandshakeCompleted, now: float) -> None:
+        connection = event.connection
+        if event.alpn_protocol == H3_ALPN:
+            try:
+                self._sessions[connection] = Http3Session(
+                    self.engine,
+                    connection,
+                    is_client=self._is_client,
+                    max_header_bytes=self._max_header_bytes,
+                )
+            except PeerError as error:
+                self.engine.close(connection, H3_GENERAL_PROTOCOL_ERROR, str(error), now)
+                return
+            if self._is_client:
+                self._awaiting_settings.add(connection)
+                return
+        else:
+            self._raw_connections.add(connection)
+        self._events.append(ConnectionOpened(connection, event.alpn_protocol))
+
+    def _handle_stream(
+        self,
+        session: Http3Session,
+        event: StreamDataReceived | StreamReset | StopSendingReceived,
+        now: float,
+    ) -> None:
+        connection = event.connection
+        for happened in session.receive(event):
+            if isinstance(happened, H3HeadersReceived):
+                self._receive_headers(session, connection, happened)
+            else:
+                self._events.append(
+                    BodyReceived(
+                        connection, happened.stream_id, happened.data, happened.stream_ended
+                    )
+                )
+        if not isinstance(event, StreamDataReceived) and event.stream_id % 4 == 0:
+            self._events.append(StreamAborted(connection, event.stream_id, event.error_code))
+        if session.closing is not None:
+            error_code, reason = session.closing
+            self.engine.close(connection, error_code, reason, now)
+            del self._sessions[connection]
+        elif connection in self._awaiting_settings and session.has_settings:
+            self._awaiting_settings.discard(connection)
+            self._events.append(ConnectionOpened(connection, H3_ALPN))
+
+    def _receive_headers(
+        self, session: Http3Session, connection: int, event: H3HeadersReceived
+    ) -> None:
+        size = sum(len(name) + len(value) + _FIELD_OVERHEAD_BYTES for name, value in event.headers)
+        if size > self._max_header_bytes:
+            session.abort(event.stream_id, H3_EXCESSIVE_LOAD)
+            return
+        if self._is_client and dict(event.headers)[b":status"].startswith(b"1"):
+            return  # an interim response (RFC 9114 section 4.1) says nothing about the tunnel
+        self._events.append(
+            HeadersReceived(connection, event.stream_id, event.headers, event.stream_ended)
+        )

@@ -1,0 +1,208 @@
+"""HTTP/3 for one connection of either engine: aioquic's ``H3Connection`` over our engine interface.
+
+Bounds what aioquic leaves open: the size of a header section before it is buffered, QPACK's
+dynamic table (not offered: a small table lets one byte on the wire stand for kilobytes), and
+streams that were given up on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import pylsqpack
+from aioquic.h3.connection import H3Connection
+from aioquic.h3.events import DataReceived, HeadersReceived
+from aioquic.quic import events as quic_events
+
+from toppy.errors import PeerError
+from toppy.quic.engine import Engine, Event, StopSendingReceived, StreamDataReceived, StreamReset
+
+Headers = Sequence[tuple[bytes, bytes]]
+
+H3_NO_ERROR: Final = 0x100
+H3_GENERAL_PROTOCOL_ERROR: Final = 0x101
+H3_INTERNAL_ERROR: Final = 0x102
+H3_EXCESSIVE_LOAD: Final = 0x107
+H3_REQUEST_REJECTED: Final = 0x10B
+H3_REQUEST_CANCELLED: Final = 0x10C
+H3_MESSAGE_ERROR: Final = 0x10E
+H3_CONNECT_ERROR: Final = 0x10F
+
+_SETTINGS_ENABLE_CONNECT_PROTOCOL: Final = 0x8  # RFC 9220 section 5
+_SETTINGS_H3_DATAGRAM: Final = 0x33  # RFC 9297 section 5.1
+_SETTINGS_MAX_FIELD_SECTION_SIZE: Final = 0x6  # RFC 9114 section 7.2.4.1
+_BUFFERED_FRAMES: Final = (0x1, 0x4, 0x5, 0xD)
+"""HEADERS, SETTINGS, PUSH_PROMISE, MAX_PUSH_ID: aioquic buffers these whole."""
+_CONTROL_BUFFER_BYTES: Final = 4096
+"""What the control and QPACK streams may hold unparsed; a SETTINGS frame is far smaller."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Configuration:
+    is_client: bool
+
+
+class _QuicFacade:
+    """The few calls of aioquic's ``QuicConnection`` that its ``H3Connection`` makes."""
+
+    def __init__(self, engine: Engine, connection: int, *, is_client: bool) -> None:
+        self.configuration = _Configuration(is_client)
+        self._quic_logger = None
+        self._engine = engine
+        self._connection = connection
+        self.closing: tuple[int, str] | None = None
+
+    @property
+    def _remote_max_datagram_frame_size(self) -> int | None:
+        return 65535 if self._engine.supports_datagrams(self._connection) else None
+
+    def get_next_available_stream_id(self, is_unidirectional: bool = False) -> int:
+        stream_id = self._engine.open_stream(self._connection, is_unidirectional=is_unidirectional)
+        if stream_id is None:
+            raise PeerError("the peer allows too few streams for HTTP/3")
+        return stream_id
+
+    def send_stream_data(self, stream_id: int, data: bytes, end_stream: bool = False) -> None:
+        if data or end_stream:
+            self._engine.send_stream(self._connection, stream_id, data, end=end_stream)
+
+    def reset_stream(self, stream_id: int, error_code: int) -> None:
+        self._engine.reset_stream(self._connection, stream_id, error_code)
+
+    def stop_stream(self, stream_id: int, error_code: int) -> None:
+        self._engine.stop_stream(self._connection, stream_id, error_code)
+
+    def close(self, error_code: int = H3_NO_ERROR, reason_phrase: str = "") -> None:
+        self.closing = (int(error_code), reason_phrase)
+
+
+class _BoundedH3Connection(H3Connection):
+    """``H3Connection`` with our settings."""
+
+    def __init__(self, quic: _QuicFacade, max_header_bytes: int) -> None:
+        self._max_header_bytes = max_header_bytes
+        super().__init__(quic)  # type: ignore[arg-type]  # the facade has all that is called
+        self._decoder = pylsqpack.Decoder(0, 0)
+
+    def _get_local_settings(self) -> dict[int, int]:
+        settings = {
+            _SETTINGS_MAX_FIELD_SECTION_SIZE: self._max_header_bytes,
+            _SETTINGS_H3_DATAGRAM: 1,
+        }
+        if not self._is_client:
+            settings[_SETTINGS_ENABLE_CONNECT_PROTOCOL] = 1
+        return settings
+
+
+class Http3Session:
+    """HTTP/3 on one connection. Feed it the engine's stream events; it answers with HTTP events.
+
+    Raises ``PeerError`` at birth when the peer allows too few streams. Later, ``closing`` says that
+    the connection must be closed, and why.
+    """
+
+    def __init__(
+        self, engine: Engine, connection: int, *, is_client: bool, max_header_bytes: int
+    ) -> None:
+        self._engine = engine
+        self._connection = connection
+        self._max_header_bytes = max_header_bytes
+        self._quic = _QuicFacade(engine, connection, is_client=is_client)
+        self._h3 = _BoundedH3Connection(self._quic, max_header_bytes)
+        self._given_up: set[int] = set()
+
+    @property
+    def closing(self) -> tuple[int, str] | None:
+        """(HTTP/3 error code, reason) once the peer broke a rule of the connection."""
+        return self._quic.closing
+
+    @property
+    def has_settings(self) -> bool:
+        """Whether the peer's SETTINGS have arrived."""
+        return self._h3.received_settings is not None
+
+    @property
+    def may_connect(self) -> bool:
+        """Whether the peer takes Extended CONNECT requests (RFC 9220 section 3)."""
+        return (self._h3.received_settings or {}).get(_SETTINGS_ENABLE_CONNECT_PROTOCOL) == 1
+
+    @property
+    def may_send_datagrams(self) -> bool:
+        """Whether HTTP Datagrams may travel in DATAGRAM frames (RFC 9297 section 2.1.1)."""
+        return (self._h3.received_settings or {}).get(
+            _SETTINGS_H3_DATAGRAM
+        ) == 1 and self._engine.supports_datagrams(self._connection)
+
+    def receive(self, event: Event) -> list[HeadersReceived | DataReceived]:
+        """HTTP events (aioquic's ``HeadersReceived`` and ``DataReceived``) that ``event`` makes."""
+        match event:
+            case StreamDataReceived(stream_id=stream_id, data=data, ended=ended):
+                if stream_id in self._given_up:
+                    if ended:
+                        self._given_up.discard(stream_id)
+                    return []
+                happened = self._h3.handle_event(
+                    quic_events.StreamDataReceived(data=data, end_stream=ended, stream_id=stream_id)
+                )
+                self._check_buffer(stream_id)
+                return [e for e in happened if isinstance(e, HeadersReceived | DataReceived)]
+            case StreamReset(stream_id=stream_id, error_code=code):
+                self._given_up.discard(stream_id)
+                self._h3.handle_event(quic_events.StreamReset(error_code=code, stream_id=stream_id))
+            case StopSendingReceived(stream_id=stream_id, error_code=code):
+                self._h3.handle_event(
+                    quic_events.StopSendingReceived(error_code=code, stream_id=stream_id)
+                )
+            case _:
+                pass
+        return []
+
+    def open_request(self, headers: Headers) -> int | None:
+        """Send request headers on a new stream; its ID, or None while no stream may be opened."""
+        stream_id = self._engine.open_stream(self._connection)
+        if stream_id is not None:
+            self._h3.send_headers(stream_id, list(headers))
+        return stream_id
+
+    def send_headers(self, stream_id: int, headers: Headers, *, end: bool) -> None:
+        """Answer a request. A stream that is no longer open is left alone."""
+        if not self._is_sendable(stream_id):
+            return
+        self._h3.send_headers(stream_id, list(headers), end)
+
+    def send_data(self, stream_id: int, data: bytes, *, end: bool) -> None:
+        """Send body bytes, on a tunnel: capsules. A stream no longer open is left alone."""
+        if not self._is_sendable(stream_id):
+            return
+        self._h3.send_data(stream_id, data, end)
+
+    def _is_sendable(self, stream_id: int) -> bool:
+        # aioquic forgets a stream when both directions have ended, and would make a new one
+        stream = self._h3._stream.get(stream_id)
+        return stream is not None and not stream.sending_ended and stream_id not in self._given_up
+
+    def abort(self, stream_id: int, error_code: int) -> None:
+        """Reset both directions of a request stream and forget it."""
+        stream = self._h3._stream.pop(stream_id, None)
+        self._engine.reset_stream(self._connection, stream_id, error_code)
+        if stream is None or not stream.receiving_ended:
+            self._engine.stop_stream(self._connection, stream_id, error_code)
+            self._given_up.add(stream_id)
+
+    def _check_buffer(self, stream_id: int) -> None:
+        """Refuse a header section by its declared length, before it is buffered."""
+        stream = self._h3._stream.get(stream_id)
+        if stream is None:
+            return
+        is_request = stream_id % 4 == 0
+        bound = self._max_header_bytes if is_request else _CONTROL_BUFFER_BYTES
+        declared = 0
+        if stream.frame_size is not None and stream.frame_type in _BUFFERED_FRAMES:
+            declared = stream.frame_size
+        if len(stream.buffer) > bound or declared > bound:
+            if is_request:
+                self.abort(stream_id, H3_EXCESSIVE_LOAD)
+            else:
+                self._quic.closing = (H3_EXCESSIVE_LOAD, "a control frame is too large")

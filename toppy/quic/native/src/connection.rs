@@ -1,0 +1,532 @@
+//! One connection: what quinn-proto reports of it, made into events, groups and counters.
+
+use std::collections::VecDeque;
+use std::net::SocketAddr;
+use std::time::Instant;
+
+use bytes::{Bytes, BytesMut};
+use quinn_proto::crypto::rustls::HandshakeData;
+use quinn_proto::{
+    ConnectionHandle, Dir, Event as QuicEvent, ReadError, SendDatagramError, StreamEvent, StreamId,
+    VarInt,
+};
+
+use crate::arrived::Arrived;
+use crate::datagram_queue::DatagramQueue;
+use crate::drops::{DropReason, Drops};
+use crate::ending::{Ending, sendable};
+use crate::http_datagram::{Prefix, parse};
+use crate::settings::DATAGRAM_BUFFER_BYTES;
+use crate::streams::{KnownStreams, StreamWriters};
+
+/// RFC 9297 section 5.2.
+const H3_DATAGRAM_ERROR: u32 = 0x33;
+/// The only protocol here whose DATAGRAM frames are HTTP Datagrams.
+const H3_ALPN: &[u8] = b"h3";
+/// Of one `StreamData` event.
+const MAX_CHUNK_BYTES: usize = 64 * 1024;
+/// Segments of one GSO send.
+const MAX_SEGMENTS: usize = 60;
+/// Bytes of one GSO send.
+const MAX_TRANSMIT_BYTES: usize = 65_000;
+/// Packets that datagrams and streams send by turns when both have something to send.
+const SHARED_PACKETS: usize = 4;
+
+/// What the caller is told, in order per connection.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Event {
+    Accepted {
+        connection: u64,
+        source: SocketAddr,
+    },
+    HandshakeCompleted {
+        connection: u64,
+        alpn_protocol: String,
+    },
+    StreamData {
+        connection: u64,
+        stream: u64,
+        data: Vec<u8>,
+        is_ended: bool,
+    },
+    StreamReset {
+        connection: u64,
+        stream: u64,
+        error_code: u64,
+    },
+    StopSending {
+        connection: u64,
+        stream: u64,
+        error_code: u64,
+    },
+    Closed {
+        connection: u64,
+        ending: Ending,
+    },
+}
+
+/// Where connections put what they have for the caller.
+#[derive(Debug, Default)]
+pub struct Outbox {
+    pub events: VecDeque<Event>,
+    pub arrived: Arrived,
+    pub drops: Drops,
+}
+
+/// UDP datagrams for one destination; `segment_bytes` is 0 for a single one.
+#[derive(Debug)]
+pub struct Transmit {
+    pub data: Vec<u8>,
+    pub segment_bytes: usize,
+    pub destination: SocketAddr,
+}
+
+/// Bounds of the outgoing datagrams that wait, in bytes.
+#[derive(Debug, Clone, Copy)]
+pub struct QueueBounds {
+    pub tunnel: usize,
+    pub connection: usize,
+}
+
+/// A connection and what surrounds it. `number` is the caller's name for it.
+pub struct Connection {
+    pub number: u64,
+    pub handle: ConnectionHandle,
+    pub quic: quinn_proto::Connection,
+    /// When the endpoint's timers expect it.
+    pub deadline: Option<Instant>,
+    /// It is in the endpoint's list of connections that may have something to send.
+    pub is_dirty: bool,
+    /// quinn-proto panicked on it; it is only good for removal.
+    pub is_broken: bool,
+    is_ready: bool,
+    is_closed: bool,
+    carries_http: bool,
+    known: KnownStreams,
+    writers: StreamWriters,
+    queue: DatagramQueue,
+    /// Datagrams that quinn-proto took, less those that it dropped and that were counted.
+    handed_on: u64,
+    mtu: u16,
+    /// The MTU shrank: quinn-proto may have dropped datagrams that no longer fit.
+    may_have_dropped: bool,
+    /// Streams were written to while datagrams wait: both share what may be sent.
+    is_contended: bool,
+    is_streams_turn: bool,
+}
+
+impl Connection {
+    pub fn new(
+        number: u64,
+        handle: ConnectionHandle,
+        quic: quinn_proto::Connection,
+        bounds: QueueBounds,
+    ) -> Self {
+        Self {
+            number,
+            handle,
+            deadline: None,
+            is_dirty: false,
+            is_broken: false,
+            is_ready: false,
+            is_closed: false,
+            carries_http: false,
+            known: KnownStreams::new(quic.side()),
+            writers: StreamWriters::default(),
+            queue: DatagramQueue::new(bounds.tunnel, bounds.connection),
+            handed_on: 0,
+            mtu: quic.current_mtu(),
+            may_have_dropped: false,
+            is_contended: false,
+            is_streams_turn: false,
+            quic,
+        }
+    }
+
+    /// Whether the caller was told that it is closed.
+    pub fn is_closed(&self) -> bool {
+        self.is_closed
+    }
+
+    /// Put everything that has happened into `outbox`, and hand on what streams have waiting.
+    pub fn collect(&mut self, now: Instant, outbox: &mut Outbox) {
+        while let Some(event) = self.quic.poll() {
+            if self.is_closed {
+                continue;
+            }
+            match event {
+                QuicEvent::Connected => self.complete_handshake(outbox),
+                QuicEvent::Stream(event) => self.handle_stream_event(event, outbox),
+                QuicEvent::ConnectionLost { reason } => {
+                    self.take_datagrams(now, outbox);
+                    self.report_closed(Ending::from_error(&reason), outbox);
+                }
+                QuicEvent::HandshakeDataReady
+                | QuicEvent::DatagramReceived
+                | QuicEvent::DatagramsUnblocked => {}
+            }
+        }
+        self.take_datagrams(now, outbox);
+        if !self.is_closed {
+            self.writers.flush(&mut self.quic);
+        }
+    }
+
+    /// Close with an application error code.
+    pub fn close(&mut self, now: Instant, error_code: VarInt, reason: &str, outbox: &mut Outbox) {
+        if self.is_closed {
+            return;
+        }
+        let phrase = Bytes::copy_from_slice(sendable(reason).as_bytes());
+        self.quic.close(now, error_code, phrase);
+        self.report_closed(Ending::ours(error_code.into_inner(), reason), outbox);
+    }
+
+    /// Tell the caller, once, and forget what can no longer be sent.
+    pub fn report_closed(&mut self, ending: Ending, outbox: &mut Outbox) {
+        if self.is_closed {
+            return;
+        }
+        self.is_closed = true;
+        self.writers.clear();
+        let unsent = self.queue.clear() + self.forget_held();
+        outbox.drops.add(DropReason::UnknownStream, unsent);
+        outbox.events.push_back(Event::Closed {
+            connection: self.number,
+            ending,
+        });
+    }
+
+    /// A new stream; `None` while the peer allows no more.
+    pub fn open_stream(&mut self, dir: Dir) -> Option<u64> {
+        if self.is_closed {
+            return None;
+        }
+        let id = self.quic.streams().open(dir)?;
+        self.known.add(id);
+        Some(id.into())
+    }
+
+    /// Queue bytes on a stream.
+    pub fn send_stream(&mut self, stream: u64, data: &[u8], is_ended: bool) {
+        if self.is_closed {
+            return;
+        }
+        if let Some(id) = self.known.sendable(stream) {
+            self.is_contended = true;
+            self.writers.write(&mut self.quic, id, data, is_ended);
+        }
+    }
+
+    /// Bytes of a stream that wait outside of quinn-proto.
+    pub fn stream_backlog_bytes(&self, stream: u64) -> usize {
+        self.known
+            .sendable(stream)
+            .map_or(0, |id| self.writers.backlog_bytes(id))
+    }
+
+    /// Abandon our sending side.
+    pub fn reset_stream(&mut self, stream: u64, error_code: VarInt) {
+        if let Some(id) = self.known.sendable(stream) {
+            self.reset(id, error_code);
+        }
+    }
+
+    /// Tell the peer that we read no more.
+    pub fn stop_stream(&mut self, stream: u64, error_code: VarInt) {
+        if let Some(id) = self.known.receivable(stream) {
+            // an error means that the stream has ended already
+            let _ = self.quic.recv_stream(id).stop(error_code);
+        }
+    }
+
+    /// Whether the peer takes DATAGRAM frames.
+    pub fn supports_datagrams(&mut self) -> bool {
+        !self.is_closed && self.quic.datagrams().max_size().is_some()
+    }
+
+    /// The largest payload of a tunnel that fits a packet now.
+    pub fn max_payload_bytes(&mut self, quarter_stream_id: u64) -> Option<usize> {
+        if self.is_closed {
+            return None;
+        }
+        let prefix = Prefix::new(quarter_stream_id)?;
+        let frame = self.quic.datagrams().max_size()?;
+        frame.checked_sub(prefix.as_bytes().len())
+    }
+
+    /// Queue payloads, `segment_bytes` long each, the last may be shorter; 0 means one payload.
+    pub fn send_datagrams(
+        &mut self,
+        quarter_stream_id: u64,
+        payloads: &[u8],
+        segment_bytes: usize,
+        drops: &mut Drops,
+    ) {
+        let count = segments(payloads.len(), segment_bytes);
+        if self.is_closed {
+            drops.add(DropReason::UnknownStream, count);
+            return;
+        }
+        let (Some(prefix), Some(limit)) = (
+            Prefix::new(quarter_stream_id),
+            self.max_payload_bytes(quarter_stream_id),
+        ) else {
+            drops.add(DropReason::TooLarge, count);
+            return;
+        };
+        let prefix = prefix.as_bytes();
+        let step = if segment_bytes == 0 {
+            payloads.len().max(1)
+        } else {
+            segment_bytes
+        };
+        // one piece of memory for the whole batch; each frame is a slice of it
+        let mut memory = BytesMut::with_capacity(payloads.len() + count * prefix.len());
+        let empty = payloads.is_empty().then_some(payloads);
+        for payload in payloads.chunks(step).chain(empty) {
+            if payload.len() > limit {
+                drops.add(DropReason::TooLarge, 1);
+                continue;
+            }
+            memory.extend_from_slice(prefix);
+            memory.extend_from_slice(payload);
+            let frame = memory.split().freeze();
+            self.queue.push(quarter_stream_id, frame, drops);
+        }
+    }
+
+    /// Everything that may be sent now, appended to `transmits`. `spare` has used buffers.
+    pub fn transmit(
+        &mut self,
+        now: Instant,
+        transmits: &mut Vec<Transmit>,
+        spare: &mut Vec<Vec<u8>>,
+        drops: &mut Drops,
+    ) {
+        loop {
+            if !self.is_closed {
+                self.writers.flush(&mut self.quic);
+            }
+            let is_for_streams = self.prepare_datagrams(drops);
+            let mtu = usize::from(self.quic.current_mtu()).max(1);
+            let most = if self.is_contended {
+                SHARED_PACKETS
+            } else {
+                (MAX_TRANSMIT_BYTES / mtu).clamp(1, MAX_SEGMENTS)
+            };
+            let mut data = spare.pop().unwrap_or_default();
+            data.clear();
+            let Some(transmit) = self.quic.poll_transmit(now, most, &mut data) else {
+                spare.push(data);
+                if is_for_streams {
+                    continue;
+                }
+                break;
+            };
+            data.truncate(transmit.size);
+            transmits.push(Transmit {
+                data,
+                segment_bytes: transmit.segment_size.unwrap_or(0),
+                destination: transmit.destination,
+            });
+        }
+        self.count_dropped(drops);
+        if self.queue.is_empty() && self.is_buffer_empty() {
+            self.is_contended = false;
+        }
+    }
+
+    /// Where the peer is now.
+    pub fn peer_address(&self) -> Option<SocketAddr> {
+        (!self.is_closed).then(|| self.quic.remote_address())
+    }
+
+    /// Smoothed round-trip time in seconds; 0 while it is not known.
+    pub fn round_trip_s(&self) -> f64 {
+        if self.is_ready && !self.is_closed {
+            self.quic.rtt().as_secs_f64()
+        } else {
+            0.0
+        }
+    }
+
+    fn complete_handshake(&mut self, outbox: &mut Outbox) {
+        let protocol = self
+            .quic
+            .crypto_session()
+            .handshake_data()
+            .and_then(|data| data.downcast::<HandshakeData>().ok())
+            .and_then(|data| data.protocol)
+            .unwrap_or_default();
+        self.is_ready = true;
+        self.carries_http = protocol == H3_ALPN;
+        outbox.events.push_back(Event::HandshakeCompleted {
+            connection: self.number,
+            alpn_protocol: String::from_utf8_lossy(&protocol).into_owned(),
+        });
+    }
+
+    fn handle_stream_event(&mut self, event: StreamEvent, outbox: &mut Outbox) {
+        match event {
+            StreamEvent::Opened { dir } => {
+                while let Some(id) = self.quic.streams().accept(dir) {
+                    self.known.add(id);
+                    self.read(id, outbox);
+                }
+            }
+            StreamEvent::Readable { id } => self.read(id, outbox),
+            StreamEvent::Stopped { id, error_code } => {
+                self.reset(id, error_code);
+                outbox.events.push_back(Event::StopSending {
+                    connection: self.number,
+                    stream: id.into(),
+                    error_code: error_code.into_inner(),
+                });
+            }
+            // writers are flushed after every collection
+            StreamEvent::Writable { .. }
+            | StreamEvent::Finished { .. }
+            | StreamEvent::Available { .. } => {}
+        }
+    }
+
+    fn read(&mut self, id: StreamId, outbox: &mut Outbox) {
+        let connection = self.number;
+        let stream = id.into();
+        let mut quic_stream = self.quic.recv_stream(id);
+        let Ok(mut chunks) = quic_stream.read(true) else {
+            return;
+        };
+        let mut data = Vec::new();
+        loop {
+            let (is_ended, reset) = match chunks.next(usize::MAX) {
+                Ok(Some(chunk)) => {
+                    if !data.is_empty() && data.len() + chunk.bytes.len() > MAX_CHUNK_BYTES {
+                        outbox.events.push_back(Event::StreamData {
+                            connection,
+                            stream,
+                            data: std::mem::take(&mut data),
+                            is_ended: false,
+                        });
+                    }
+                    data.extend_from_slice(&chunk.bytes);
+                    continue;
+                }
+                Ok(None) => (true, None),
+                Err(ReadError::Blocked) => (false, None),
+                Err(ReadError::Reset(error_code)) => (false, Some(error_code)),
+            };
+            if is_ended || !data.is_empty() {
+                outbox.events.push_back(Event::StreamData {
+                    connection,
+                    stream,
+                    data,
+                    is_ended,
+                });
+            }
+            if let Some(error_code) = reset {
+                outbox.events.push_back(Event::StreamReset {
+                    connection,
+                    stream,
+                    error_code: error_code.into_inner(),
+                });
+            }
+            break;
+        }
+        // what this says (send now?) is asked of every connection that received something
+        let _ = chunks.finalize();
+    }
+
+    fn reset(&mut self, id: StreamId, error_code: VarInt) {
+        self.writers.forget(id);
+        // an error means that the stream has ended already
+        let _ = self.quic.send_stream(id).reset(error_code);
+    }
+
+    fn take_datagrams(&mut self, now: Instant, outbox: &mut Outbox) {
+        while let Some(data) = self.quic.datagrams().recv() {
+            if self.is_closed || !self.carries_http {
+                outbox.drops.add(DropReason::UnknownStream, 1);
+                continue;
+            }
+            match parse(&data) {
+                Some(datagram) if datagram.context_id == 0 => {
+                    outbox
+                        .arrived
+                        .add(self.number, datagram.quarter_stream_id, datagram.payload);
+                }
+                Some(_) => outbox.drops.add(DropReason::UnknownContext, 1),
+                None => {
+                    outbox.drops.add(DropReason::Malformed, 1);
+                    let code = VarInt::from_u32(H3_DATAGRAM_ERROR);
+                    self.close(now, code, "malformed HTTP Datagram", outbox);
+                }
+            }
+        }
+    }
+
+    /// Hand datagrams on when quinn-proto has sent what it had. Returns whether it is the streams'
+    /// turn instead: quinn-proto itself sends datagrams first, whatever streams have waiting.
+    fn prepare_datagrams(&mut self, drops: &mut Drops) -> bool {
+        let mtu = self.quic.current_mtu();
+        self.may_have_dropped |= mtu < self.mtu;
+        self.mtu = mtu;
+        if self.queue.is_empty() || !self.is_buffer_empty() {
+            return false;
+        }
+        if self.is_contended && self.is_streams_turn {
+            self.is_streams_turn = false;
+            return true;
+        }
+        self.is_streams_turn = true;
+        let most = if self.is_contended {
+            SHARED_PACKETS * usize::from(mtu)
+        } else {
+            // no more than may be on its way: what waits here can still make room for newer ones
+            let window = self.quic.congestion_state().window();
+            usize::try_from(window).map_or(MAX_TRANSMIT_BYTES, |it| it.min(MAX_TRANSMIT_BYTES))
+        };
+        let mut bytes = 0;
+        while bytes < most {
+            let Some(frame) = self.queue.pop() else { break };
+            bytes += frame.len().max(1);
+            match self.quic.datagrams().send(frame, false) {
+                Ok(()) => self.handed_on += 1,
+                Err(SendDatagramError::Blocked(_)) => drops.add(DropReason::QueueFull, 1),
+                Err(_) => drops.add(DropReason::TooLarge, 1),
+            }
+        }
+        false
+    }
+
+    /// Datagrams that quinn-proto dropped by itself, because a smaller MTU left them no room.
+    fn count_dropped(&mut self, drops: &mut Drops) {
+        if self.may_have_dropped && self.is_buffer_empty() {
+            self.may_have_dropped = false;
+            let dropped = self.forget_held();
+            drops.add(DropReason::TooLarge, dropped);
+        }
+    }
+
+    /// How many datagrams quinn-proto took and did not send; they are accounted for from now on.
+    fn forget_held(&mut self) -> usize {
+        let sent = self.quic.stats().frame_tx.datagram;
+        let held = self.handed_on.saturating_sub(sent);
+        self.handed_on -= held;
+        usize::try_from(held).unwrap_or(usize::MAX)
+    }
+
+    fn is_buffer_empty(&mut self) -> bool {
+        let overhead = size_of::<quinn_proto::Datagram>();
+        self.quic.datagrams().send_buffer_space() == DATAGRAM_BUFFER_BYTES - overhead
+    }
+}
+
+fn segments(bytes: usize, segment_bytes: usize) -> usize {
+    if segment_bytes == 0 || bytes == 0 {
+        1
+    } else {
+        bytes.div_ceil(segment_bytes)
+    }
+}

@@ -1,0 +1,518 @@
+"""From HTTP requests to tunnels: what a gateway worker decides between its two sides.
+
+No sockets here: the shell gives a clock reading with every call, asks the control plane and opens
+target sockets when told to, so that tests drive the router with plain values.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass
+from typing import Protocol
+
+from toppy.errors import PeerError, TargetError
+from toppy.model.counters import WorkerCounters
+from toppy.model.drop_reason import DropReason
+from toppy.model.grant import Denial, Grant
+from toppy.net.udp_socket import SendResult
+from toppy.protocol.udp_tunnel import (
+    Buffer,
+    UdpTunnel,
+    count_payloads,
+    encode_datagram_capsules,
+)
+from toppy.quic.endpoint import (
+    PING_ALPN,
+    BodyReceived,
+    ConnectionOpened,
+    Endpoint,
+    EndpointEvent,
+    HeadersReceived,
+    RawStreamReceived,
+    StreamAborted,
+)
+from toppy.quic.engine import ConnectionAccepted, ConnectionClosed
+from toppy.quic.gate import ConnectionGate
+from toppy.quic.h3 import H3_CONNECT_ERROR, H3_EXCESSIVE_LOAD, H3_NO_ERROR, H3_REQUEST_CANCELLED
+from toppy.wire.connect_udp import RequestError, host_of, response_headers, validate_request
+from toppy.wire.ipc_message import Admitted, AdmissionRequest, TokenAnswer, TokenRequest
+from toppy.wire.proxy_status import encode_proxy_status
+
+ECHO_PORTS = (7, 9)
+"""The built-in echo answers for the gateway's own name on echo's and discard's port (T-066)."""
+
+_PING_BYTES = 8192 + 5
+
+_DROP_REASON = {
+    SendResult.WOULD_BLOCK: DropReason.TARGET_BUFFER_FULL,
+    SendResult.UNREACHABLE: DropReason.TARGET_UNREACHABLE,
+    SendResult.TOO_LARGE: DropReason.TOO_LARGE_FOR_TARGET,
+    SendResult.FAILED: DropReason.TARGET_UNREACHABLE,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class RouterLimits:
+    """Bounds of one worker; see ``[limits]`` in the configuration reference."""
+
+    max_tunnels_per_connection: int
+    max_failed_auth_per_connection: int
+    max_pending_admissions: int
+    admission_timeout_s: float
+    tunnel_idle_timeout_s: float
+    early_datagrams_per_tunnel: int
+    early_bytes_per_tunnel: int
+    capsule_queue_bytes: int
+
+
+class TargetSocket(Protocol):
+    """The far side of a tunnel: a connected UDP socket."""
+
+    @property
+    def sent_bytes(self) -> int:
+        """How much of the payloads went out when ``send`` did not answer SENT."""
+        ...
+
+    def send(self, payloads: Buffer, segment_size: int) -> SendResult: ...
+
+    def close(self) -> None: ...
+
+
+class RouterShell(Protocol):
+    """What the router has done for it."""
+
+    def ask(self, message: AdmissionRequest | TokenRequest) -> bool:
+        """Send a question to the control plane; False when it cannot be asked now."""
+        ...
+
+    def open_target(self, tunnel: Tunnel, grant: Grant) -> TargetSocket:
+        """Connect to the grant's first reachable address; raises ``TargetError``."""
+        ...
+
+
+class Tunnel:
+    """One request stream and what it carries."""
+
+    __slots__ = (
+        "asked_at",
+        "capsules_only",
+        "connection",
+        "datagrams_to_client",
+        "datagrams_to_target",
+        "grant",
+        "last_active",
+        "protocol",
+        "stream_id",
+        "target",
+    )
+
+    def __init__(
+        self, connection: int, stream_id: int, protocol: UdpTunnel, *, now: float
+    ) -> None:
+        self.connection = connection
+        self.stream_id = stream_id
+        self.protocol = protocol
+        self.asked_at = now
+        self.last_active = now
+        self.grant: Grant | None = None
+        self.target: TargetSocket | None = None
+        self.capsules_only = False
+        self.datagrams_to_target = 0
+        self.datagrams_to_client = 0
+
+    @property
+    def key(self) -> tuple[int, int]:
+        """(connection, quarter stream ID)."""
+        return self.connection, self.stream_id // 4
+
+
+@dataclass(slots=True)
+class _Peer:
+    """One connection."""
+
+    tunnels: set[Tunnel]
+    failed_auth: int = 0
+    pings: dict[int, bytes] | None = None
+    """Connections that speak ``toppy-ping``: what each stream has said so far."""
+
+
+class Router:
+    """Owns the tunnels of one worker."""
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        gate: ConnectionGate,
+        shell: RouterShell,
+        limits: RouterLimits,
+        *,
+        proxy_name: str,
+        own_names: frozenset[str],
+    ) -> None:
+        self._endpoint = endpoint
+        self._engine = endpoint.engine
+        self._gate = gate
+        self._shell = shell
+        self._limits = limits
+        self._proxy_name = proxy_name
+        self._own_names = own_names
+        self._peers: dict[int, _Peer] = {}
+        self._tunnels: dict[tuple[int, int], Tunnel] = {}
+        self._questions: dict[int, Tunnel | tuple[int, int]] = {}
+        self._next_question = 1
+        self.counters = WorkerCounters()
+
+    # events from the network
+
+    def pump(self, now: float) -> None:
+        """Take everything that the endpoint has."""
+        for event in self._endpoint.poll_events(now):
+            self._handle(event, now)
+        for connection, quarter_stream_id, payloads, segment_size in (
+            self._endpoint.poll_datagrams()
+        ):
+            tunnel = self._tunnels.get((connection, quarter_stream_id))
+            if tunnel is None:
+                count = count_payloads(len(payloads), segment_size)
+                self._drop(DropReason.UNKNOWN_STREAM, count)
+            elif tunnel.target is None and tunnel.grant is None:
+                dropped = tunnel.protocol.hold(payloads, segment_size)
+                self._drop(DropReason.EARLY_QUEUE_FULL, dropped)
+            else:
+                self._send_to_target(tunnel, payloads, segment_size, now)
+
+    def _handle(self, event: EndpointEvent, now: float) -> None:
+        match event:
+            case HeadersReceived():
+                self._receive_request(event, now)
+            case BodyReceived():
+                self._receive_body(event, now)
+            case StreamAborted(connection=connection, stream_id=stream_id):
+                tunnel = self._tunnels.get((connection, stream_id // 4))
+                if tunnel is not None:
+                    self._endpoint.abort_stream(connection, stream_id, H3_REQUEST_CANCELLED)
+                    self._forget(tunnel)
+            case ConnectionAccepted(connection=connection, source=source):
+                self._gate.accepted(connection, source, now)
+                self.counters.connections_total += 1
+            case ConnectionOpened(connection=connection, alpn_protocol=alpn):
+                self._gate.completed(connection)
+                self.counters.handshakes_completed += 1
+                self._peers[connection] = _Peer(
+                    tunnels=set(), pings={} if alpn == PING_ALPN else None
+                )
+            case ConnectionClosed(connection=connection):
+                if not self._gate.closed(connection):
+                    self.counters.handshakes_failed += 1
+                peer = self._peers.pop(connection, None)
+                for tunnel in list(peer.tunnels) if peer is not None else ():
+                    self._forget(tunnel, from_peer=False)
+            case RawStreamReceived():
+                self._receive_ping(event, now)
+
+    # requests
+
+    def _receive_request(self, event: HeadersReceived, now: float) -> None:
+        connection, stream_id = event.connection, event.stream_id
+        peer = self._peers.get(connection)
+        if peer is None:
+            return
+        existing = self._tunnels.get((connection, stream_id // 4))
+        if existing is not None:  # trailers: the capsule protocol has none
+            self._close_tunnel(existing, H3_CONNECT_ERROR)
+            return
+        try:
+            request = validate_request(event.headers)
+        except RequestError as error:
+            self._refuse(
+                connection, stream_id, Denial(error.status, "http_request_error", str(error))
+            )
+            return
+        if event.ended:
+            denial = Denial(400, "http_request_error", "the request ended before the tunnel began")
+            self._refuse(connection, stream_id, denial)
+            return
+        if len(peer.tunnels) >= self._limits.max_tunnels_per_connection:
+            denial = Denial(
+                429, "connection_limit_reached", "too many tunnels on this connection"
+            )
+            self._refuse(connection, stream_id, denial)
+            return
+        tunnel = Tunnel(
+            connection,
+            stream_id,
+            UdpTunnel(
+                hold_datagrams=self._limits.early_datagrams_per_tunnel,
+                hold_bytes=self._limits.early_bytes_per_tunnel,
+            ),
+            now=now,
+        )
+        target = request.target
+        is_echo = (
+            not request.is_forward
+            and target.port in ECHO_PORTS
+            and self._is_own_name(target.host, request.authority)
+        )
+        source = self._engine.peer_address(connection)
+        question = AdmissionRequest(
+            request=self._next_question,
+            authorization=request.authorization,
+            host=target.host,
+            port=target.port,
+            protocol=target.protocol,
+            is_echo=is_echo,
+            source=source[0] if source is not None else "",
+        )
+        if len(self._questions) >= self._limits.max_pending_admissions or not self._shell.ask(
+            question
+        ):
+            denial = Denial(429, "connection_limit_reached", "too many tunnels are being opened")
+            self._refuse(connection, stream_id, denial)
+            return
+        self._next_question += 1
+        self._questions[question.request] = tunnel
+        peer.tunnels.add(tunnel)
+        self._tunnels[tunnel.key] = tunnel
+
+    def _is_own_name(self, host: str, authority: str) -> bool:
+        if host in self._own_names or host == host_of(authority):
+            return True
+        try:
+            return ipaddress.ip_address(host).is_loopback
+        except ValueError:
+            return False
+
+    def receive_answer(self, answer: Admitted | TokenAnswer, now: float) -> None:
+        """The control plane decided. Answers to questions that timed out are ignored."""
+        asked = self._questions.pop(answer.request, None)
+        if isinstance(answer, TokenAnswer):
+            if isinstance(asked, tuple):
+                self._answer_ping(*asked, is_valid=answer.is_valid)
+            return
+        if not isinstance(asked, Tunnel) or asked.key not in self._tunnels:
+            return
+        if answer.grant is None:
+            denial = answer.denial or Denial(502, "proxy_internal_error", "no decision was made")
+            self._deny(asked, denial, now)
+            return
+        self._open(asked, answer.grant, now)
+
+    def _open(self, tunnel: Tunnel, grant: Grant, now: float) -> None:
+        if not grant.is_echo:
+            try:
+                tunnel.target = self._shell.open_target(tunnel, grant)
+            except TargetError as error:
+                self._deny(tunnel, Denial(error.status, error.proxy_status, str(error)), now)
+                return
+        tunnel.grant = grant
+        tunnel.last_active = now
+        tunnel.capsules_only = not self._endpoint.may_send_datagrams(tunnel.connection)
+        self.counters.tunnels_total += 1
+        self.counters.count_admission("granted")
+        self._endpoint.send_headers(tunnel.connection, tunnel.stream_id, response_headers(200))
+        for payloads, segment_size in tunnel.protocol.open():
+            self._send_to_target(tunnel, payloads, segment_size, now)
+
+    def _deny(self, tunnel: Tunnel, denial: Denial, now: float) -> None:
+        for payloads, segment_size in tunnel.protocol.discard_held():
+            self._drop(DropReason.TUNNEL_REFUSED, count_payloads(len(payloads), segment_size))
+        self._forget(tunnel)
+        self._refuse(tunnel.connection, tunnel.stream_id, denial)
+        peer = self._peers.get(tunnel.connection)
+        if denial.status == 401 and peer is not None:
+            peer.failed_auth += 1
+            if peer.failed_auth >= self._limits.max_failed_auth_per_connection:
+                self._endpoint.close(
+                    tunnel.connection, H3_EXCESSIVE_LOAD, "too many failed authentications", now
+                )
+
+    def _refuse(self, connection: int, stream_id: int, denial: Denial) -> None:
+        self.counters.count_admission(str(denial.status))
+        headers = response_headers(
+            denial.status,
+            proxy_status=encode_proxy_status(
+                self._proxy_name,
+                error=denial.proxy_status,
+                details=denial.details,
+                rule=denial.rule,
+            ),
+            www_authenticate=denial.status == 401,
+        )
+        self._endpoint.send_headers(connection, stream_id, headers, end=True)
+        # what the client still sends on this stream is of no use to anybody
+        self._engine.stop_stream(connection, stream_id, H3_NO_ERROR)
+
+    # payloads
+
+    def _receive_body(self, event: BodyReceived, now: float) -> None:
+        tunnel = self._tunnels.get((event.connection, event.stream_id // 4))
+        if tunnel is None:
+            return
+        protocol = tunnel.protocol
+        unknown_before = protocol.unknown_contexts
+        try:
+            payloads = protocol.receive_body(event.data, ended=event.ended)
+        except PeerError as error:
+            self._close_tunnel(tunnel, error.h3_error_code)
+            return
+        self._drop(DropReason.UNKNOWN_CONTEXT, protocol.unknown_contexts - unknown_before)
+        self.counters.capsules_received += len(payloads)
+        for payload in payloads:
+            if tunnel.grant is None:
+                self._drop(DropReason.EARLY_QUEUE_FULL, protocol.hold(payload, len(payload)))
+            else:
+                self._send_to_target(tunnel, payload, len(payload), now)
+        if event.ended:
+            self._endpoint.send_body(event.connection, event.stream_id, b"", end=True)
+            self._forget(tunnel)
+
+    def _send_to_target(
+        self, tunnel: Tunnel, payloads: Buffer, segment_size: int, now: float
+    ) -> None:
+        counters = self.counters
+        count = count_payloads(len(payloads), segment_size)
+        tunnel.last_active = now
+        if tunnel.target is None:  # echo
+            counters.datagrams_to_target += count
+            counters.bytes_to_target += len(payloads)
+            self.receive_from_target(tunnel, payloads, segment_size, now)
+            return
+        target = tunnel.target
+        result = target.send(payloads, segment_size)
+        sent = len(payloads)
+        if result is SendResult.UNREACHABLE and not target.sent_bytes:
+            # the error belongs to an earlier datagram (ICMP); this one was not sent yet
+            result = target.send(payloads, segment_size)
+        if result is not SendResult.SENT:
+            sent = target.sent_bytes
+            unsent = count - (sent // segment_size if segment_size else 0)
+            self._drop(_DROP_REASON[result], unsent)
+            count -= unsent
+        counters.datagrams_to_target += count
+        counters.bytes_to_target += sent
+        tunnel.datagrams_to_target += count
+
+    def receive_from_target(
+        self, tunnel: Tunnel, payloads: Buffer, segment_size: int, now: float
+    ) -> None:
+        """What a target socket received: on to the client."""
+        count = count_payloads(len(payloads), segment_size)
+        tunnel.last_active = now
+        connection, quarter_stream_id = tunnel.connection, tunnel.stream_id // 4
+        largest = segment_size or len(payloads)
+        if not tunnel.capsules_only and largest <= self._engine.max_payload_bytes(
+            connection, quarter_stream_id
+        ):
+            self._engine.send_datagrams(connection, quarter_stream_id, payloads, segment_size)
+        else:
+            backlog = self._engine.stream_backlog_bytes(connection, tunnel.stream_id)
+            if backlog + len(payloads) > self._limits.capsule_queue_bytes:
+                self._drop(DropReason.CAPSULE_QUEUE_FULL, count)
+                return
+            capsules = encode_datagram_capsules(payloads, segment_size)
+            self._endpoint.send_body(connection, tunnel.stream_id, capsules)
+            self.counters.capsules_sent += count
+        self.counters.datagrams_to_client += count
+        self.counters.bytes_to_client += len(payloads)
+        tunnel.datagrams_to_client += count
+
+    def _drop(self, reason: DropReason, count: int) -> None:
+        if count:
+            self.counters.count_drop(reason, count)
+
+    # the end of things
+
+    def _close_tunnel(self, tunnel: Tunnel, error_code: int) -> None:
+        self._endpoint.abort_stream(tunnel.connection, tunnel.stream_id, error_code)
+        self._forget(tunnel)
+
+    def _forget(self, tunnel: Tunnel, *, from_peer: bool = True) -> None:
+        if self._tunnels.pop(tunnel.key, None) is None:
+            return
+        if from_peer:
+            self._peers[tunnel.connection].tunnels.discard(tunnel)
+        if tunnel.target is not None:
+            tunnel.target.close()
+
+    def tick(self, now: float, unix_now: float) -> None:
+        """Once a second or so: end what took too long."""
+        for connection in self._gate.overdue(now):
+            self._endpoint.close(connection, H3_NO_ERROR, "the handshake took too long", now)
+        limits = self._limits
+        for request, asked in list(self._questions.items()):
+            if isinstance(asked, Tunnel):
+                if asked.key not in self._tunnels:
+                    del self._questions[request]
+                elif now - asked.asked_at >= limits.admission_timeout_s:
+                    del self._questions[request]
+                    denial = Denial(
+                        504, "proxy_internal_error", "the gateway took too long to decide"
+                    )
+                    self._deny(asked, denial, now)
+            elif asked[0] not in self._peers:
+                del self._questions[request]
+        for tunnel in list(self._tunnels.values()):
+            grant = tunnel.grant
+            if grant is None:
+                continue
+            is_expired = grant.expires_at is not None and unix_now >= grant.expires_at
+            if is_expired or now - tunnel.last_active >= limits.tunnel_idle_timeout_s:
+                self._endpoint.send_body(tunnel.connection, tunnel.stream_id, b"", end=True)
+                self._engine.stop_stream(tunnel.connection, tunnel.stream_id, H3_NO_ERROR)
+                self._forget(tunnel)
+
+    def close(self, now: float) -> None:
+        """The gateway stops: say so on every connection."""
+        for connection in list(self._peers):
+            self._endpoint.close(connection, H3_NO_ERROR, "the gateway is stopping", now)
+        for tunnel in list(self._tunnels.values()):
+            self._forget(tunnel)
+
+    # toppy-ping (T-064)
+
+    def _receive_ping(self, event: RawStreamReceived, now: float) -> None:
+        peer = self._peers.get(event.connection)
+        if peer is None or peer.pings is None:
+            return
+        said = peer.pings.pop(event.stream_id, b"") + event.data
+        if len(said) > _PING_BYTES:
+            self._endpoint.close(event.connection, H3_EXCESSIVE_LOAD, "the ping is too long", now)
+            return
+        if not event.ended:
+            peer.pings[event.stream_id] = said
+            return
+        self.counters.pings += 1
+        word, _, token = said.decode("utf-8", "replace").strip().partition(" ")
+        question = TokenRequest(request=self._next_question, authorization=token.strip() or None)
+        if word != "ping" or not self._ask_about_ping(question):
+            self._answer_ping(event.connection, event.stream_id, is_valid=False)
+            return
+        self._next_question += 1
+        self._questions[question.request] = (event.connection, event.stream_id)
+
+    def _ask_about_ping(self, question: TokenRequest) -> bool:
+        return len(
+            self._questions
+        ) < self._limits.max_pending_admissions and self._shell.ask(question)
+
+    def _answer_ping(self, connection: int, stream_id: int, *, is_valid: bool) -> None:
+        answer = b"pong" if is_valid else b"unauthorized"
+        self._engine.send_stream(connection, stream_id, answer, end=True)
+
+    # what is there
+
+    @property
+    def tunnels(self) -> int:
+        """Tunnels that exist, those being opened included."""
+        return len(self._tunnels)
+
+    def snapshot(self) -> WorkerCounters:
+        """The counters, brought up to date."""
+        counters = self.counters
+        for reason, count in self._endpoint.take_drops().items():
+            counters.count_drop(reason, count)
+        counters.connections_open = self._gate.connections
+        counters.tunnels_open = len(self._tunnels)
+        counters.handshakes_retried = self._gate.retried
+        counters.handshakes_refused = self._gate.refused
+        return counters
