@@ -238,8 +238,8 @@ class GatewaySession:
         if connection == self._connection:
             self._connection = None
             self.tunnels.disconnected()
-            assert self._lost is not None
-            self._lost.set_result(reason or "closed by the gateway")
+            if self._lost is not None and not self._lost.done():
+                self._lost.set_result(reason or "closed by the gateway")
 
     def _set_state(self, state: SessionState) -> None:
         self.state = state
