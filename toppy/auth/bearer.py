@@ -15,9 +15,9 @@ def parse_authorization(value: str | None) -> str | None:
     if value is None or len(value) > MAX_TOKEN_BYTES:
         return None
     scheme, space, token = value.strip().partition(" ")
-    if not space:
-        return scheme or None
-    return token.strip() or None if scheme.lower() == "bearer" else None
+    if scheme.lower() == "bearer":
+        return token.strip() or None
+    return None if space else scheme or None
 
 
 class StaticToken:

@@ -240,7 +240,8 @@ class UdpSocket:
         self, payloads: Buffer, segment_size: int, address: Address | None = None
     ) -> SendResult:
         """Send payloads of ``segment_size`` bytes each, the last may be shorter (0: one payload,
-        perhaps empty), to ``address``, or to the peer of a connected socket.
+        perhaps empty), to ``address`` (numeric, an IPv6 zone too), or to the peer of a connected
+        socket.
 
         On a result other than SENT the first ``sent_bytes`` have gone out all the same: a caller
         that tries again goes on from there.

@@ -1,0 +1,242 @@
+"""First match, default deny, special addresses only when named."""
+
+from __future__ import annotations
+
+import ipaddress
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from toppy.config.policy import PolicyRule
+from toppy.model.identity import Identity
+from toppy.model.target import Target
+from toppy.policy.address_guard import embedded_address, special
+from toppy.policy.ruleset import DEFAULT_RULE, Decision, Ruleset
+
+ALICE = Identity("alice", "jwt", {"team": "ops", "level": 3, "admin": True})
+
+
+def rules(*tables: dict[str, Any], **options: Any) -> Ruleset:
+    return Ruleset(
+        [PolicyRule.model_validate({"action": "allow"} | table) for table in tables], **options
+    )
+
+
+def decide(
+    ruleset: Ruleset,
+    host: str,
+    port: int = 53,
+    *,
+    addresses: tuple[str, ...] = (),
+    who: Identity = ALICE,
+    own: frozenset[str] = frozenset(),
+) -> Decision:
+    return ruleset.decide(who, Target(host, port), addresses or (host,), own)
+
+
+def is_special(text: str) -> bool:
+    return special(ipaddress.ip_address(text)) is not None
+
+
+PUBLIC = "93.184.215.14"
+PUBLIC_6 = "2606:4700::1111"
+
+
+class TestRules:
+    def test_no_rule_denies_and_the_reason_names_the_target(self) -> None:
+        decision = decide(rules(), PUBLIC)
+        assert not decision.is_allowed
+        assert decision.rule == DEFAULT_RULE
+        assert f"{PUBLIC}:53 is not allowed" in decision.reason
+
+    def test_the_first_rule_that_matches_decides(self) -> None:
+        ruleset = rules(
+            {"name": "not this", "action": "deny", "cidr": PUBLIC},
+            {"name": "the rest", "cidr": "0.0.0.0/0"},
+        )
+        assert decide(ruleset, PUBLIC).rule == "not this"
+        assert "'not this'" in decide(ruleset, PUBLIC).reason
+        assert decide(ruleset, "93.184.215.15").rule == "the rest"
+
+    @pytest.mark.parametrize(
+        ("rule", "is_allowed"),
+        [
+            ({}, True),
+            ({"ports": [53]}, True),
+            ({"ports": ["50-60"]}, True),
+            ({"ports": [54, "100-200"]}, False),
+            ({"protocol": "udp"}, True),
+            ({"protocol": ["tcp"]}, False),
+            ({"subjects": "alice"}, True),
+            ({"subjects": ["bob", "al*"]}, True),
+            ({"subjects": ["bob", "al"]}, False),
+            ({"subjects": "a.*"}, False),
+            ({"claims": {"team": "ops"}}, True),
+            ({"claims": {"team": ["net", "ops"], "level": 3}}, True),
+            ({"claims": {"team": "net"}}, False),
+            ({"claims": {"missing": "x"}}, False),
+            ({"claims": {"admin": 1}}, False),
+            ({"cidr": "93.184.0.0/16", "ports": [54]}, False),
+            ({"cidr": "93.185.0.0/16"}, False),
+            ({"host": "*"}, True),
+            ({"host": "db.example"}, False),
+        ],
+    )
+    def test_every_given_criterion_must_match(
+        self, rule: dict[str, Any], is_allowed: bool
+    ) -> None:
+        assert decide(rules(rule), PUBLIC).is_allowed is is_allowed
+
+    @pytest.mark.parametrize(
+        ("pattern", "host", "is_allowed"),
+        [
+            ("db.example.com", "db.example.com", True),
+            ("DB.example.com.", "db.example.com", True),
+            ("*.example.com", "db.example.com", True),
+            ("*.example.com", "a.b.example.com", True),
+            ("*.example.com", "example.com", False),
+            ("*.example.com", "evilexample.com", False),
+            ("example.com", "db.example.com", False),
+        ],
+    )
+    def test_host_patterns(self, pattern: str, host: str, is_allowed: bool) -> None:
+        ruleset = rules({"host": pattern})
+        assert decide(ruleset, host, addresses=(PUBLIC,)).is_allowed is is_allowed
+        assert ruleset.may_resolve(ALICE, Target(host, 53)).is_allowed is is_allowed
+
+    def test_only_the_allowed_ones_of_several_addresses_are_granted_in_order(self) -> None:
+        ruleset = rules({"cidr": ["93.184.0.0/16", "2606::/16"]})
+        decision = decide(
+            ruleset, "name.example", addresses=("10.0.0.1", PUBLIC_6, "8.8.8.8", PUBLIC)
+        )
+        assert decision.addresses == (PUBLIC_6, PUBLIC)
+
+    def test_a_name_that_no_rule_could_allow_is_not_resolved(self) -> None:
+        ruleset = rules({"host": "*.corp.example"}, {"ports": [443]})
+        assert not ruleset.may_resolve(ALICE, Target("db.other.example", 53)).is_allowed
+        assert ruleset.may_resolve(ALICE, Target("db.other.example", 443)).is_allowed
+
+    def test_a_deny_of_a_name_stands_before_resolution(self) -> None:
+        ruleset = rules({"name": "no", "action": "deny", "host": "bad.example"}, {"host": "*"})
+        decision = ruleset.may_resolve(ALICE, Target("bad.example", 53))
+        assert not decision.is_allowed
+        assert decision.rule == "no"
+
+    def test_rules_without_a_name_are_numbered_from_one(self) -> None:
+        assert decide(rules({"ports": [1]}, {}), PUBLIC).rule == "rule 2"
+
+
+SPECIAL = [
+    *("127.0.0.1", "127.255.255.255", "0.0.0.0", "0.1.2.3", "10.0.0.1", "172.16.0.1"),
+    *("172.31.255.255", "192.168.1.1", "169.254.1.1", "169.254.169.254", "100.64.0.1"),
+    *("100.100.100.200", "224.0.0.1", "239.255.255.255", "255.255.255.255", "240.0.0.1"),
+    *("192.0.0.1", "192.0.2.1", "198.18.0.1", "198.51.100.1", "203.0.113.1", "192.88.99.1"),
+    *("::", "::1", "fe80::1", "fec0::1", "fc00::1", "fd00:ec2::254", "ff02::1", "2001:db8::1"),
+    *("100::1", "::ffff:10.0.0.1", "::ffff:127.0.0.1", "::10.0.0.1", "64:ff9b::a00:1"),
+    *("64:ff9b::7f00:1", "64:ff9b:1::a00:1", "2002:a00:1::1", "2002:7f00:1::"),
+    *("::ffff:0:127.0.0.1", "2001:0:0:0:0:0:f5ff:fffe", "fe80::5efe:10.0.0.1"),
+    *("2606:4700::5efe:a00:1", "168.63.129.16"),
+]
+
+
+class TestSpecialAddresses:
+    @pytest.mark.parametrize("address", SPECIAL)
+    def test_a_special_address_needs_a_rule_that_names_it(self, address: str) -> None:
+        text = str(ipaddress.ip_address(address))
+        for rule in ({}, {"cidr": ["0.0.0.0/0", "::/0"]}, {"host": "*"}):
+            decision = decide(rules(rule), text)
+            assert not decision.is_allowed
+            assert decision.category or "no rule" in decision.reason
+
+    @pytest.mark.parametrize(
+        "address",
+        [PUBLIC, PUBLIC_6, "::ffff:8.8.8.8", "64:ff9b::808:808", "2002:808:808::1", "8.8.8.8"],
+    )
+    def test_a_public_address_needs_no_more_than_an_ordinary_rule(self, address: str) -> None:
+        text = str(ipaddress.ip_address(address))
+        assert decide(rules({"cidr": ["0.0.0.0/0", "::/0"]}), text).is_allowed
+
+    @pytest.mark.parametrize(
+        ("cidr", "address", "is_allowed"),
+        [
+            ("10.1.0.0/16", "10.1.2.3", True),
+            ("10.0.0.0/8", "10.1.2.3", True),
+            ("8.0.0.0/6", "10.1.2.3", False),
+            ("127.0.0.1", "127.0.0.1", True),
+            ("169.254.0.0/16", "169.254.169.254", False),
+            ("169.254.169.254", "169.254.169.254", True),
+            ("100.64.0.0/10", "100.100.100.200", False),
+            ("10.0.0.0/8", "::ffff:10.0.0.1", True),
+            ("::ffff:10.0.0.0/104", "::ffff:10.0.0.1", True),
+            ("::/0", "::ffff:10.0.0.1", False),
+            ("64:ff9b::/96", "64:ff9b::a00:1", True),
+            ("fd00::/8", "fd00:1::1", True),
+            ("fd00::/8", "fd00:ec2::254", False),
+            ("::1", "::1", True),
+        ],
+    )
+    def test_a_rule_names_what_lies_inside_the_special_range(
+        self, cidr: str, address: str, is_allowed: bool
+    ) -> None:
+        assert decide(rules({"cidr": cidr}), address).is_allowed is is_allowed
+
+    def test_a_name_alone_does_not_open_a_private_address(self) -> None:
+        by_name = rules({"host": "db.corp.example"})
+        assert not decide(by_name, "db.corp.example", addresses=("10.0.0.5",)).is_allowed
+        both = rules({"host": "db.corp.example", "cidr": "10.0.0.0/8"})
+        assert decide(both, "db.corp.example", addresses=("10.0.0.5",)).is_allowed
+        assert not decide(both, "other.example", addresses=("10.0.0.5",)).is_allowed
+
+    def test_the_gateways_own_public_address_needs_naming(self) -> None:
+        own = frozenset({PUBLIC})
+        assert not decide(rules({"cidr": "0.0.0.0/0"}), PUBLIC, own=own).is_allowed
+        assert decide(rules({"cidr": PUBLIC}), PUBLIC, own=own).is_allowed
+
+    def test_a_deny_rule_needs_no_naming(self) -> None:
+        ruleset = rules(
+            {"name": "no", "action": "deny", "cidr": "0.0.0.0/0"}, {"cidr": "10.0.0.0/8"}
+        )
+        assert decide(ruleset, "10.0.0.1").rule == "no"
+
+    def test_a_deny_of_ipv4_covers_the_forms_that_embed_it(self) -> None:
+        ruleset = rules(
+            {"name": "no", "action": "deny", "cidr": "8.8.8.8"},
+            {"cidr": ["0.0.0.0/0", "::/0"]},
+        )
+        for form in ("::ffff:8.8.8.8", "64:ff9b::808:808", "2002:808:808::"):
+            assert decide(ruleset, str(ipaddress.ip_address(form))).rule == "no"
+
+    def test_a_client_does_not_judge_addresses_that_are_not_its_own(self) -> None:
+        assert decide(rules({"cidr": "0.0.0.0/0"}, guards_special=False), "10.0.0.1").is_allowed
+
+    @given(st.ip_addresses(v=4))
+    def test_every_embedded_form_is_judged_like_what_it_embeds(
+        self, address: ipaddress.IPv4Address
+    ) -> None:
+        bits = int(address)
+        forms = [
+            ipaddress.IPv6Address(0xFFFF << 32 | bits),
+            ipaddress.IPv6Address((0x64FF9B << 96) | bits),
+            ipaddress.IPv6Address((0x2002 << 112) | bits << 80),
+        ]
+        for form in forms:
+            assert embedded_address(form) == address
+            assert (special(form) is None) == (special(address) is None)
+
+    @given(st.ip_addresses())
+    def test_what_python_calls_private_is_special(
+        self, address: ipaddress.IPv4Address | ipaddress.IPv6Address
+    ) -> None:
+        if embedded_address(address) is None and (
+            address.is_private or address.is_multicast or address.is_link_local
+        ):
+            assert is_special(str(address))
+
+    @given(st.ip_addresses(), st.booleans())
+    def test_without_an_allow_rule_nothing_is_allowed(
+        self, address: ipaddress.IPv4Address | ipaddress.IPv6Address, guards: bool
+    ) -> None:
+        ruleset = rules({"action": "deny", "ports": [1]}, guards_special=guards)
+        assert not decide(ruleset, str(address)).is_allowed
