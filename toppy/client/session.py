@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from toppy.client.tunnels import Tunnels
+from toppy.model.drop_reason import DropReason
 from toppy.net.quic_driver import QuicDriver
 from toppy.net.udp_socket import UdpSocket, bind_udp
 from toppy.observe.log import get_logger
@@ -116,6 +117,13 @@ class GatewaySession:
         if self._connection is None:
             return 0.0
         return self._endpoint.engine.round_trip_s(self._connection)
+
+    @property
+    def drops(self) -> dict[DropReason, int]:
+        """Datagrams not delivered since the start, by reason."""
+        for reason, count in self._endpoint.take_drops().items():
+            self.tunnels.drops[reason] = self.tunnels.drops.get(reason, 0) + count
+        return self.tunnels.drops
 
     def flush_soon(self) -> None:
         """Call it after giving ``tunnels`` something to send."""

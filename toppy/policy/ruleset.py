@@ -48,11 +48,6 @@ class Ruleset:
         self._guards_special = guards_special
         self.revision = revision
 
-    @property
-    def needs_addresses(self) -> bool:
-        """Whether any rule looks at addresses."""
-        return any(rule.cidr for rule in self._rules)
-
     def may_resolve(self, identity: Identity, target: Target) -> Decision:
         """Whether some rule could allow ``target`` whatever it resolves to.
 
@@ -65,6 +60,18 @@ class Ruleset:
                 return Decision(True, (), rule.name, "")
             if not rule.cidr:
                 return self._denied(target, rule.name)
+        return self._denied(target, DEFAULT_RULE)
+
+    def decide_name(self, identity: Identity, target: Target) -> Decision | None:
+        """A decision that needs no address; None when a rule has to see the addresses first."""
+        for rule in self._rules:
+            if not _matches_request(rule, identity, target):
+                continue
+            if rule.cidr:
+                return None
+            if rule.action == "allow":
+                return Decision(True, (), rule.name, "")
+            return self._denied(target, rule.name)
         return self._denied(target, DEFAULT_RULE)
 
     def decide(

@@ -1,0 +1,81 @@
+"""Far ends that every integration test may use, each a process or thread of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from integration.peers import start_peer
+from integration.processes import free_udp_port
+from tests.net.dns_server import DnsServer
+
+ENGINES = ("native", "aioquic")
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """Where a far end listens."""
+
+    host: str
+    port: int
+
+
+def _echo(directory: Path, host: str) -> Iterator[Peer]:
+    port = free_udp_port(host)
+    running = start_peer("echo", port, directory, host=host)
+    yield Peer(host, port)
+    running.stop()
+
+
+@pytest.fixture(scope="session")
+def echo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Peer]:
+    """A UDP echo server on 127.0.0.1."""
+    yield from _echo(tmp_path_factory.mktemp("echo"), "127.0.0.1")
+
+
+@pytest.fixture(scope="session")
+def echo_ipv6(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Peer]:
+    """A UDP echo server on ::1."""
+    if not has_ipv6():
+        pytest.skip("this host has no IPv6 loopback address")
+    yield from _echo(tmp_path_factory.mktemp("echo6"), "::1")
+
+
+def has_ipv6() -> bool:
+    """Whether ::1 can be used here."""
+    with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.bind(("::1", 0))
+        except OSError:
+            return False
+    return True
+
+
+@contextlib.contextmanager
+def name_server(server: DnsServer) -> Iterator[DnsServer]:
+    """``server`` answers on a UDP socket of 127.0.0.1, from a thread."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.bind(("127.0.0.1", 0))
+        server.port = sock.getsockname()[1]
+        stopping = threading.Event()
+
+        def answer() -> None:
+            while not stopping.is_set():
+                query, peer = sock.recvfrom(4096)
+                if query and (response := server.answer(query, over_tcp=False)) is not None:
+                    sock.sendto(response, peer)
+
+        thread = threading.Thread(target=answer, daemon=True)
+        thread.start()
+        try:
+            yield server
+        finally:
+            stopping.set()
+            sock.sendto(b"", sock.getsockname())
+            thread.join(5)

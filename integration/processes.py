@@ -1,0 +1,283 @@
+"""Real gateways and clients as processes, for tests, demo and benchmark: started, watched, ended."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+BIN = Path(sys.executable).parent
+DEADLINE_S = 20.0
+"""For anything to come up, on a loaded machine."""
+
+
+def free_udp_port(host: str = "127.0.0.1") -> int:
+    """A UDP port that nobody had a moment ago."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
+
+
+def free_tcp_port() -> int:
+    """A TCP port that nobody had a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def wait_until(what: str, condition: Callable[[], bool], deadline_s: float = DEADLINE_S) -> None:
+    """Poll ``condition``; raises ``TimeoutError`` that names ``what``."""
+    end = time.monotonic() + deadline_s
+    while not condition():
+        if time.monotonic() > end:
+            raise TimeoutError(f"{what}: not within {deadline_s:.0f} s")
+        time.sleep(0.02)
+
+
+def run_command(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    """A command of this installation (``toppy``, ``toppy-gw``), to its end."""
+    return subprocess.run(
+        [str(BIN / arguments[0]), *arguments[1:]],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        **options,
+    )
+
+
+@dataclass
+class Running:
+    """A process whose output goes to a file."""
+
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def output(self) -> str:
+        """Everything that it has printed so far."""
+        return self.log.read_text(errors="replace")
+
+    def wait_for_output(self, text: str) -> None:
+        """Until it has printed ``text``; fails at once when it has ended instead."""
+
+        def said_or_ended() -> bool:
+            return text in self.output() or self.process.poll() is not None
+
+        wait_until(f"output {text!r}", said_or_ended)
+        if text not in self.output():
+            raise AssertionError(f"ended without saying {text!r}:\n{self.output()}")
+
+    def stop(self, signal_number: int = signal.SIGTERM, deadline_s: float = 10.0) -> int:
+        """End it; its exit code."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal_number)
+        try:
+            return self.process.wait(deadline_s)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+            raise
+
+
+def start(
+    arguments: Sequence[str | Path], log: Path, environ: dict[str, str] | None = None
+) -> Running:
+    """Start a process with its output in ``log``."""
+    environ = {**os.environ, "PYTHONUNBUFFERED": "1", **(environ or {})}
+    with log.open("wb") as sink:
+        process = subprocess.Popen(
+            [str(a) for a in arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=sink,
+            stderr=subprocess.STDOUT,
+            env=environ,
+        )
+    return Running(process, log)
+
+
+@dataclass
+class Gateway:
+    """A running ``toppy-gw`` with a directory of its own."""
+
+    directory: Path
+    host: str
+    port: int
+    health_port: int
+    running: Running
+    token: str = field(repr=False)
+
+    def healthz(self) -> httpx.Response:
+        return httpx.get(f"http://127.0.0.1:{self.health_port}/healthz", trust_env=False)
+
+    def metrics(self) -> dict[str, float]:
+        """Every sample, by its name with labels."""
+        text = httpx.get(f"http://127.0.0.1:{self.health_port}/metrics", trust_env=False).text
+        samples = (line.rpartition(" ") for line in text.splitlines() if not line.startswith("#"))
+        return {name: float(value) for name, _, value in samples}
+
+    def metric(self, name: str, **labels: str) -> float:
+        """The sum of a metric's samples that have these labels."""
+        wanted = [f'{label}="{value}"' for label, value in labels.items()]
+        return sum(
+            value
+            for sample, value in self.metrics().items()
+            if sample.partition("{")[0] == name and all(w in sample for w in wanted)
+        )
+
+    def status(self) -> dict[str, Any]:
+        """What ``toppy-gw status --json`` says, asked directly."""
+        transport = httpx.HTTPTransport(uds=str(self.directory / "run" / "admin.sock"))
+        with httpx.Client(transport=transport, trust_env=False) as client:
+            facts: dict[str, Any] = client.get("http://toppy-gw/status").json()
+            return facts
+
+
+def write_gateway_config(
+    directory: Path,
+    *,
+    host: str = "127.0.0.1",
+    port: int,
+    health_port: int,
+    workers: int = 1,
+    engine: str = "auto",
+    rules: str | None = None,
+    extra: str = "",
+) -> None:
+    """``gateway.toml`` over the files that ``toppy-gw init`` wrote. ``rules`` is TOML; without it
+    UDP to this host's loopback addresses is allowed. ``extra`` is TOML too.
+    """
+    if rules is None:
+        rules = """
+[[policy.rules]]
+name = "loopback"
+action = "allow"
+cidr = ["127.0.0.0/8", "::1/128"]
+"""
+    listen = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    (directory / "gateway.toml").write_text(
+        f"""
+workers = {workers}
+runtime_dir = "run"
+[listen]
+quic = ["{listen}"]
+health = "127.0.0.1:{health_port}"
+[tls]
+certificate = "server.pem"
+private_key = "server-key.pem"
+[auth]
+token_file = "token"
+[quic]
+engine = "{engine}"
+{extra}
+{rules}
+"""
+    )
+
+
+@contextlib.contextmanager
+def running_gateway(
+    directory: Path,
+    *,
+    host: str = "127.0.0.1",
+    workers: int = 1,
+    engine: str = "auto",
+    rules: str | None = None,
+    extra: str = "",
+    environ: dict[str, str] | None = None,
+) -> Iterator[Gateway]:
+    """A gateway that serves, and is stopped at the end."""
+    port, health_port = free_udp_port(host), free_tcp_port()
+    made = run_command("toppy-gw", "init", str(directory), "--listen", f"127.0.0.1:{port}")
+    assert made.returncode == 0, made.stderr
+    write_gateway_config(
+        directory,
+        host=host,
+        port=port,
+        health_port=health_port,
+        workers=workers,
+        engine=engine,
+        rules=rules,
+        extra=extra,
+    )
+    running = start(
+        [BIN / "toppy-gw", "run", "--config", directory / "gateway.toml"],
+        directory / "gateway.log",
+        environ,
+    )
+    token = (directory / "token").read_text().strip()
+    gateway = Gateway(directory, host, port, health_port, running, token)
+    try:
+        running.wait_for_output("gateway serves")
+        yield gateway
+    finally:
+        running.stop()
+
+
+def write_client_config(gateway: Gateway, path: Path, *, engine: str = "auto") -> Path:
+    """A client configuration that allows any target: the gateway's policy is what is tested."""
+    path.write_text(
+        f"""
+gateway = "{gateway.host}"
+port = {gateway.port}
+server_name = "localhost"
+ca_cert_path = "{gateway.directory / "ca.pem"}"
+auth_token = "{gateway.token}"
+mtu = 1350
+[quic]
+engine = "{engine}"
+[policy]
+[[policy.allow]]
+cidr = "0.0.0.0/0"
+ports = ["1-65535"]
+[[policy.allow]]
+cidr = "::/0"
+ports = ["1-65535"]
+[[policy.allow]]
+host = "*"
+ports = ["1-65535"]
+"""
+    )
+    path.chmod(0o600)
+    return path
+
+
+@contextlib.contextmanager
+def running_udp_client(
+    gateway: Gateway,
+    target: str,
+    *,
+    engine: str = "auto",
+    name: str = "client",
+    environ: dict[str, str] | None = None,
+) -> Iterator[tuple[int, Running]]:
+    """``toppy udp`` to ``target``: its local port, and the process."""
+    config = write_client_config(gateway, gateway.directory / f"{name}.toml", engine=engine)
+    port = free_udp_port()
+    running = start(
+        [
+            *(BIN / "toppy", "udp", "--config", config),
+            *("--listen", f"127.0.0.1:{port}", "--target", target),
+        ],
+        gateway.directory / f"{name}.log",
+        environ,
+    )
+    try:
+        running.wait_for_output("toppy udp listening on")
+        yield port, running
+    finally:
+        running.stop()

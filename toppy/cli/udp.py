@@ -1,0 +1,264 @@
+"""``toppy udp``: policy, then the local socket, then the gateway."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Mapping
+
+import uvloop
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from toppy.client.session import (
+    ConnectFailure,
+    GatewaySession,
+    GatewaySettings,
+    SessionState,
+)
+from toppy.client.settings import gateway_settings, load_client_config
+from toppy.client.tunnels import Refusal
+from toppy.client.udp_forward import UdpForward
+from toppy.config.address import parse_host_port
+from toppy.config.client import ClientConfig
+from toppy.errors import ConfigError, DeniedError
+from toppy.model.identity import Identity
+from toppy.model.target import Target
+from toppy.net.udp_socket import UdpSocket, bind_udp
+from toppy.observe.log import configure_logging, get_logger
+from toppy.policy.ruleset import Ruleset
+from toppy.system.process_title import set_process_title
+from toppy.wire.connect_udp import RequestError, parse_host
+
+EXIT_FAILURE = 1
+EXIT_DENIED = 2
+_BUFFER_BYTES = 8 << 20
+_LIVE_INTERVAL_S = 0.5
+_SUMMARY_INTERVAL_S = 60.0
+_REFUSAL_INTERVAL_S = 1.0
+
+_log = get_logger("udp")
+
+
+def run_udp(listen: str, target: str, config: str | None, environ: Mapping[str, str]) -> int:
+    """Forward until a signal; returns the exit code (T-018)."""
+    try:
+        loaded = load_client_config(config, environ)
+        settings = gateway_settings(loaded)
+        host, port = _parse("--listen", listen)
+        where = parse_target(target)
+        check_policy(loaded.config, where)
+        local = _bind(host, port)
+    except DeniedError as error:
+        print(f"Policy denied: {error}", file=sys.stderr)  # noqa: T201
+        return EXIT_DENIED
+    except ConfigError as error:
+        print(f"toppy udp: {error}", file=sys.stderr)  # noqa: T201
+        return EXIT_FAILURE
+    is_terminal = sys.stderr.isatty()
+    configure_logging("warning" if is_terminal else "info", "auto", process="udp")
+    for warning in loaded.warnings:
+        _log.warning("configuration", warning=warning)
+    print(f"toppy udp listening on {_show(local)} -> {where}", flush=True)  # noqa: T201
+    set_process_title(f"toppy udp: {_show(local)} -> {where}")
+    command = _UdpCommand(is_terminal=is_terminal)
+    uvloop.run(command.run(settings, local, where, loaded.config))
+    return 0
+
+
+def parse_target(text: str) -> Target:
+    """``HOST:PORT`` with a name or an address. Raises ``ConfigError``."""
+    host, port = _parse("--target", text)
+    if port == 0:
+        raise ConfigError(f"--target {text!r}: the port must be from 1 to 65535")
+    try:
+        return Target(parse_host(host), port)
+    except RequestError as error:
+        raise ConfigError(f"--target {text!r}: {error}") from None
+
+
+def check_policy(config: ClientConfig, target: Target) -> None:
+    """Raise ``DeniedError`` unless the client's own policy allows ``target`` (T-040, T-041)."""
+    if config.policy is None:
+        raise DeniedError(
+            f"target {target} is not allowed: the configuration has no [policy], and what is not "
+            "allowed is denied"
+        )
+    ruleset = Ruleset(config.policy.allow, guards_special=False)
+    identity = Identity("", "none")
+    decision = ruleset.decide_name(identity, target)
+    if decision is None:
+        addresses = _resolve(target)
+        decision = ruleset.decide(identity, target, addresses)
+        if decision.is_allowed and len(decision.addresses) != len(addresses):
+            raise DeniedError(
+                f"target {target} is not allowed: it has addresses that no rule allows"
+            )
+    if not decision.is_allowed:
+        raise DeniedError(decision.reason, rule=decision.rule)
+
+
+def _resolve(target: Target) -> list[str]:
+    try:
+        found = socket.getaddrinfo(target.host, target.port, type=socket.SOCK_DGRAM)
+    except OSError:
+        raise DeniedError(
+            f"target {target} is not allowed: its name cannot be resolved here to compare it with "
+            f'the cidr rules; add a rule with host = "{target.host}"'
+        ) from None
+    return list(dict.fromkeys(str(info[4][0]) for info in found))
+
+
+def _parse(option: str, text: str) -> tuple[str, int]:
+    try:
+        return parse_host_port(text)
+    except ValueError as error:
+        raise ConfigError(f"{option}: {error}") from None
+
+
+def _bind(host: str, port: int) -> UdpSocket:
+    try:
+        return UdpSocket(bind_udp(host, port, buffer_bytes=_BUFFER_BYTES, may_fragment=True))
+    except OSError as error:
+        raise ConfigError(
+            f"--listen: cannot listen on {Target(host, port)}: {error.strerror or error}"
+        ) from None
+
+
+def _show(sock: UdpSocket) -> str:
+    return str(Target(*sock.local_address))
+
+
+class _UdpCommand:
+    """One run: shows what happens, and stops on the first signal."""
+
+    def __init__(self, *, is_terminal: bool) -> None:
+        self._is_terminal = is_terminal
+        self._state = SessionState.CONNECTING
+        self._problem = ""
+        self._refused_at = 0.0
+
+    def on_state(self, state: SessionState) -> None:
+        self._state = state
+        if state is SessionState.CONNECTED:
+            self._problem = ""
+            _log.info("connected to the gateway")
+
+    def on_failure(self, failure: ConnectFailure) -> None:
+        self._problem = failure.reason
+        if not self._is_terminal:
+            _log.warning(
+                "no connection to the gateway",
+                reason=failure.reason,
+                retry_in_s=round(failure.retry_in_s, 1),
+            )
+
+    def on_refused(self, refusal: Refusal) -> None:
+        self._problem = f"refused: {refusal.explanation}"
+        now = time.monotonic()
+        if not self._is_terminal and now - self._refused_at >= _REFUSAL_INTERVAL_S:
+            self._refused_at = now
+            _log.warning(
+                "the gateway refused the tunnel",
+                status=refusal.status,
+                reason=refusal.explanation,
+            )
+
+    async def run(
+        self, settings: GatewaySettings, local: UdpSocket, target: Target, config: ClientConfig
+    ) -> None:
+        """Forward until SIGINT or SIGTERM; a second one ends the process at once."""
+        session = GatewaySession(settings, on_state=self.on_state, on_failure=self.on_failure)
+        forward = UdpForward(
+            session,
+            local,
+            target,
+            max_peers=config.udp_max_peers,
+            idle_timeout_s=config.udp_idle_s,
+            on_refused=self.on_refused,
+        )
+        stopping = asyncio.Event()
+        loop = asyncio.get_running_loop()
+
+        def stop() -> None:
+            if stopping.is_set():
+                os._exit(130)
+            stopping.set()
+
+        for signal_number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(signal_number, stop)
+        show = self._show_live if self._is_terminal else self._log_summaries
+        tasks = [
+            loop.create_task(forward.run()),
+            loop.create_task(session.run()),
+            loop.create_task(show(session, forward)),
+        ]
+        waiting = loop.create_task(stopping.wait())
+        await asyncio.wait({waiting, *tasks}, return_when=asyncio.FIRST_COMPLETED)
+        failed = next((task for task in tasks if task.done()), None)
+        for task in (*tasks, waiting):
+            task.cancel()
+        # the forward first: it ends its tunnels on the connection that the session then closes
+        for task in (*tasks, waiting):
+            await asyncio.wait({task})
+        local.close()
+        print(_summary(session, forward), file=sys.stderr)  # noqa: T201
+        if failed is not None:
+            failed.result()
+
+    async def _show_live(self, session: GatewaySession, forward: UdpForward) -> None:
+        console = Console(stderr=True)
+        before, at = _counts(forward), time.monotonic()
+        with Live(console=console, auto_refresh=False, transient=True) as live:
+            while True:
+                await asyncio.sleep(_LIVE_INTERVAL_S)
+                now, counts = time.monotonic(), _counts(forward)
+                up, down = (
+                    (new - old) / (now - at) for new, old in zip(counts, before, strict=True)
+                )
+                before, at = counts, now
+                line = (
+                    f"{self._state.value}, {forward.peers} peers, "
+                    f"{up:,.0f} datagrams/s out, {down:,.0f} in"
+                )
+                dropped = sum(_drops(session, forward).values())
+                if dropped:
+                    line += f", {dropped:,} dropped"
+                if self._problem:
+                    line += f" · {self._problem}"
+                live.update(Text(line, no_wrap=True, overflow="ellipsis"), refresh=True)
+
+    async def _log_summaries(self, session: GatewaySession, forward: UdpForward) -> None:
+        while True:
+            await asyncio.sleep(_SUMMARY_INTERVAL_S)
+            _log.info("forwarding", state=self._state.value, details=_summary(session, forward))
+
+
+def _counts(forward: UdpForward) -> tuple[int, int]:
+    return forward.counters.from_peers, forward.counters.to_peers
+
+
+def _drops(session: GatewaySession, forward: UdpForward) -> dict[str, int]:
+    drops: dict[str, int] = {}
+    for source in (forward.drops, session.drops):
+        for reason, count in source.items():
+            drops[reason.value] = drops.get(reason.value, 0) + count
+    return drops
+
+
+def _summary(session: GatewaySession, forward: UdpForward) -> str:
+    counters = forward.counters
+    text = (
+        f"{counters.peers_total} peers, {counters.from_peers} datagrams "
+        f"({counters.from_peers_bytes} bytes) out, {counters.to_peers} datagrams "
+        f"({counters.to_peers_bytes} bytes) in"
+    )
+    drops = _drops(session, forward)
+    if drops:
+        text += ", dropped: " + ", ".join(f"{reason} {n}" for reason, n in sorted(drops.items()))
+    return text
