@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from integration.peers import start_peer
-from integration.processes import free_udp_port
+from integration.processes import Gateway, free_udp_port, wait_until
 from tests.net.dns_server import DnsServer
 
 ENGINES = ("native", "aioquic")
@@ -55,6 +55,18 @@ def has_ipv6() -> bool:
         except OSError:
             return False
     return True
+
+
+def wait_for_metric(gateway: Gateway, expected: float, name: str, **labels: str) -> None:
+    """Until a metric's sum is ``expected`` or more; workers report twice a second."""
+
+    def value() -> float:
+        return gateway.metric(f"toppy_gw_{name}", **labels)
+
+    try:
+        wait_until(name, lambda: value() >= expected, 10.0)
+    except TimeoutError:
+        raise AssertionError(f"{name} {labels} is {value()}, not {expected}") from None
 
 
 @contextlib.contextmanager

@@ -54,7 +54,17 @@ def check_dns(port: int) -> str:
     """Resolve through the tunnel; with ``dig`` where it is installed."""
     dig = shutil.which("dig")
     if dig is not None:
-        command = [dig, "@127.0.0.1", "-p", str(port), DNS_NAME, "A", "+short", "+time=3", "+tries=2"]
+        command = [
+            dig,
+            "@127.0.0.1",
+            "-p",
+            str(port),
+            DNS_NAME,
+            "A",
+            "+short",
+            "+time=3",
+            "+tries=2",
+        ]
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
         answer = done.stdout.strip()
     else:
@@ -121,7 +131,9 @@ def run_demo(directory: Path, ended: contextlib.ExitStack) -> str:
         f"{len(facts['workers'])} workers, listening on {', '.join(facts['listen'])} (QUIC)"
     )
     if facts["engine"] == "aioquic":
-        console.print("  this is the slow engine: there was no Rust toolchain to build the fast one")
+        console.print(
+            "  this is the slow engine: there was no Rust toolchain to build the fast one"
+        )
     console.print("starting a DNS server, an HTTP/3 server and an echo server behind it …")
     dns_server, dns_name = start_dns_server(dns_port, directory)
     keep(dns_server)
@@ -153,9 +165,7 @@ def run_demo(directory: Path, ended: contextlib.ExitStack) -> str:
         f"the gateway saw {tunnels['connections']} connections and {tunnels['tunnels']} tunnels, "
         f"and dropped {sum(tunnels['drops'].values())} datagrams"
     )
-    return (
-        f"demo ok: {ECHOES} sent, {echoed} echoed, p50 {median:.0f} us, DNS ok, HTTP/3 ok"
-    )
+    return f"demo ok: {ECHOES} sent, {echoed} echoed, p50 {median:.0f} us, DNS ok, HTTP/3 ok"
 
 
 def main() -> int:

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 from urllib.parse import quote
 
-from aioquic.asyncio.client import connect as quic_connect
 from aioquic.asyncio.protocol import QuicConnectionProtocol
 from aioquic.buffer import encode_uint_var
 from aioquic.h3.connection import H3Connection
 from aioquic.h3.events import DataReceived, H3Event
 from aioquic.h3.events import HeadersReceived as H3HeadersReceived
 from aioquic.quic.configuration import QuicConfiguration
+from aioquic.quic.connection import QuicConnection
 from aioquic.quic.events import (
     ConnectionTerminated,
     DatagramFrameReceived,
@@ -30,6 +30,7 @@ from aioquic.quic.events import (
 )
 
 from integration.processes import Gateway
+from tests.quic.stranger import _ShortIds
 from toppy.net.quic_driver import QuicDriver
 from toppy.net.udp_socket import UdpSocket, bind_udp
 from toppy.protocol.udp_tunnel import encode_datagram_capsules, split_payloads
@@ -457,19 +458,24 @@ async def connected_stranger(
         assert hasattr(configuration, name)
         setattr(configuration, name, value)
     configuration.load_verify_locations(str(gateway.directory / "ca.pem"))
-    host, port = address or (gateway.host, gateway.port)
-    async with quic_connect(
-        host,
-        port,
-        configuration=configuration,
-        create_protocol=Stranger,
-    ) as protocol:
-        assert isinstance(protocol, Stranger)
-        protocol.authority = f"localhost:{gateway.port}"
-        protocol.token = gateway.token
+    peer = address or (gateway.host, gateway.port)
+    make = QuicConnection if configuration.connection_id_length >= 8 else _ShortIds
+    quic = make(configuration=configuration)
+    local = ("::1" if ":" in peer[0] else "127.0.0.1", 0)
+    transport, protocol = await asyncio.get_running_loop().create_datagram_endpoint(
+        lambda: Stranger(quic), local_addr=local
+    )
+    protocol.authority = f"localhost:{gateway.port}"
+    protocol.token = gateway.token
+    try:
+        protocol.connect(peer)
         async with asyncio.timeout(DEADLINE_S):
             await protocol.opened
         yield protocol
+    finally:
+        protocol.close()
+        await asyncio.sleep(0)
+        transport.close()
 
 
 @contextlib.asynccontextmanager

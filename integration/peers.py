@@ -15,7 +15,7 @@ from pathlib import Path
 import dns.flags
 import dns.message
 import dns.rrset
-from aioquic.asyncio import QuicConnectionProtocol
+from aioquic.asyncio.protocol import QuicConnectionProtocol
 from aioquic.asyncio.client import connect as quic_connect
 from aioquic.asyncio.server import serve as quic_serve
 from aioquic.h3.connection import H3_ALPN, H3Connection
@@ -131,7 +131,9 @@ async def fetch_http3(port: int, ca: Path) -> bytes:
         return await protocol.done
 
 
-def start_peer(kind: str, port: int, directory: Path, *more: str, host: str = "127.0.0.1") -> Running:
+def start_peer(
+    kind: str, port: int, directory: Path, *more: str, host: str = "127.0.0.1"
+) -> Running:
     """A peer in a process of its own, ready to answer."""
     running = start(
         [sys.executable, "-m", "integration.peers", kind, host, str(port), *more],

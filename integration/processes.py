@@ -1,4 +1,4 @@
-"""Real gateways and clients as processes, for tests, demo and benchmark: started, watched, ended."""
+"""Real gateways and clients as processes: for tests, demo and benchmark."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``toppy-gw``: the gateway's command line. Heavy parts are imported by the command that needs them."""
+"""``toppy-gw``: the gateway's command line. Each command imports the heavy parts that it needs."""
 
 from __future__ import annotations
 

@@ -55,16 +55,16 @@ def run_udp(listen: str, target: str, config: str | None, environ: Mapping[str, 
         check_policy(loaded.config, where)
         local = _bind(host, port)
     except DeniedError as error:
-        print(f"Policy denied: {error}", file=sys.stderr)  # noqa: T201
+        print(f"Policy denied: {error}", file=sys.stderr)
         return EXIT_DENIED
     except ConfigError as error:
-        print(f"toppy udp: {error}", file=sys.stderr)  # noqa: T201
+        print(f"toppy udp: {error}", file=sys.stderr)
         return EXIT_FAILURE
     is_terminal = sys.stderr.isatty()
     configure_logging("warning" if is_terminal else "info", "auto", process="udp")
     for warning in loaded.warnings:
         _log.warning("configuration", warning=warning)
-    print(f"toppy udp listening on {_show(local)} -> {where}", flush=True)  # noqa: T201
+    print(f"toppy udp listening on {_show(local)} -> {where}", flush=True)
     set_process_title(f"toppy udp: {_show(local)} -> {where}")
     command = _UdpCommand(is_terminal=is_terminal)
     uvloop.run(command.run(settings, local, where, loaded.config))
@@ -207,7 +207,7 @@ class _UdpCommand:
         for task in (*tasks, waiting):
             await asyncio.wait({task})
         local.close()
-        print(_summary(session, forward), file=sys.stderr)  # noqa: T201
+        print(_summary(session, forward), file=sys.stderr)
         if failed is not None:
             failed.result()
 

@@ -162,9 +162,7 @@ class GatewaySession:
             async with asyncio.timeout(DIAL_TIMEOUT_S):
                 for address in addresses:
                     now = time.monotonic()
-                    self._attempts.add(
-                        self._endpoint.connect(address, settings.server_name, now)
-                    )
+                    self._attempts.add(self._endpoint.connect(address, settings.server_name, now))
                     self._driver.flush_soon()
                     done, _ = await asyncio.wait({self._opened}, timeout=ATTEMPT_DELAY_S)
                     if done:
@@ -187,9 +185,7 @@ class GatewaySession:
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(RESOLVE_TIMEOUT_S):
-                found = await loop.getaddrinfo(
-                    settings.host, settings.port, type=socket.SOCK_DGRAM
-                )
+                found = await loop.getaddrinfo(settings.host, settings.port, type=socket.SOCK_DGRAM)
         except TimeoutError:
             raise _DialError(f"cannot resolve {settings.host}: no answer in time") from None
         except OSError as error:
@@ -215,9 +211,12 @@ class GatewaySession:
                 case _:
                     if getattr(event, "connection", None) == self._connection:
                         self.tunnels.handle(event)
-        for connection, quarter_stream_id, payloads, segment_size in (
-            self._endpoint.poll_datagrams()
-        ):
+        for (
+            connection,
+            quarter_stream_id,
+            payloads,
+            segment_size,
+        ) in self._endpoint.poll_datagrams():
             if connection == self._connection:
                 self.tunnels.receive_datagrams(quarter_stream_id, payloads, segment_size)
 

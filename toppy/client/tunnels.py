@@ -166,9 +166,7 @@ class Tunnels:
             case _:
                 pass
 
-    def receive_datagrams(
-        self, quarter_stream_id: int, payloads: bytes, segment_size: int
-    ) -> None:
+    def receive_datagrams(self, quarter_stream_id: int, payloads: bytes, segment_size: int) -> None:
         """Payloads that arrived in DATAGRAM frames of the current connection."""
         tunnel = self._by_stream.get(quarter_stream_id * 4)
         count = count_payloads(len(payloads), segment_size)
@@ -194,7 +192,7 @@ class Tunnels:
                 self._request(tunnel)
 
     def _receive_response(self, tunnel: ClientTunnel, event: HeadersReceived) -> None:
-        headers = {name: value for name, value in event.headers}
+        headers = dict(event.headers)
         status = int(headers[b":status"])
         if 200 <= status < 300 and not event.ended:
             for payloads, segment_size in tunnel.protocol.open():
@@ -214,9 +212,7 @@ class Tunnels:
             self._endpoint.abort_stream(event.connection, event.stream_id, error.h3_error_code)
             self._end(tunnel, None)
             return
-        self._drop(
-            DropReason.UNKNOWN_CONTEXT, tunnel.protocol.unknown_contexts - unknown_before
-        )
+        self._drop(DropReason.UNKNOWN_CONTEXT, tunnel.protocol.unknown_contexts - unknown_before)
         for payload in payloads:
             tunnel.datagrams_from_gateway += 1
             tunnel.deliver(payload, len(payload))

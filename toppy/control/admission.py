@@ -63,9 +63,7 @@ class Admission:
                 is_echo=True,
                 expires_at=who.expires_at,
             )
-        target = Target(
-            request.host, request.port, cast(Literal["udp", "tcp"], request.protocol)
-        )
+        target = Target(request.host, request.port, cast(Literal["udp", "tcp"], request.protocol))
         early = self._ruleset.may_resolve(identity, target)
         if not early.is_allowed:
             return Denial(403, "http_request_denied", early.reason, early.rule)

@@ -1,4 +1,4 @@
-"""What the control plane answers over HTTP: health and metrics to everybody, status to operators."""
+"""What the control plane answers over HTTP: health and metrics, and status to operators."""
 
 from __future__ import annotations
 

@@ -1,8 +1,11 @@
-"""``toppy-gw init``: everything that a first gateway and its first client need, in one directory."""
+"""``toppy-gw init``: what a first gateway and its first client need, in one directory."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import ipaddress
+import json
 import os
 import re
 import secrets
@@ -13,11 +16,11 @@ from toppy.config.address import parse_host_port
 from toppy.errors import ConfigError
 from toppy.system.certificate_authority import issue_server_certificate, make_ca
 
-_NAME = re.compile(r"(\*\.)?[a-z0-9_-]+(\.[a-z0-9_-]+)*\Z", re.IGNORECASE)
+_NAME = re.compile(r"(?=.{1,253}\Z)(\*\.)?[a-z0-9_-]{1,63}(\.[a-z0-9_-]{1,63})*\Z")
 
 _GATEWAY = """\
 # toppy-gw; every key is in docs/configuration.md.
-# Check it with:  toppy-gw check-config --config {directory}/gateway.toml
+# Check it with:  toppy-gw check-config --config gateway.toml
 
 # one worker process per core
 workers = "auto"
@@ -61,7 +64,7 @@ _CLIENT = """\
 gateway = "{host}"
 port = {port}
 server_name = "{server_name}"
-ca_cert_path = "{ca}"
+ca_cert_path = {ca}
 mtu = 1350
 
 [auth]
@@ -80,23 +83,30 @@ def write_development_files(
 ) -> list[Path]:
     """Write CA, certificate, token and both configurations; the paths, in order.
 
-    Nothing is written when one of them exists and ``force`` is not set. Raises ``ConfigError``.
+    ``listen`` and ``health`` are ADDRESS:PORT; ``names`` are more names and addresses for the
+    certificate (localhost is always in it), of which the client uses the first that is no wildcard.
+    All files or none are written; none when one of them exists and ``force`` is not set. Raises
+    ``ConfigError``.
     """
     host, port = _parse(listen, "--listen")
     _parse(health, "--health")
+    names = [name.lower().rstrip(".") for name in names]
     wanted = dict.fromkeys(("localhost", "127.0.0.1", "::1", *names))
     is_wildcard = ipaddress.ip_address(host).is_unspecified
     if not is_wildcard:
-        wanted[host] = None
+        wanted[host.partition("%")[0]] = None
     for name in wanted:
         if not _is_address(name) and not _NAME.match(name):
             raise ConfigError(f"--name {name!r} is neither a host name nor an address")
+    client_name = next((name for name in names if not name.startswith("*")), "")
     is_loopback = ipaddress.ip_address(host).is_loopback
     ca = make_ca()
     server = issue_server_certificate(ca, tuple(wanted))
     token = secrets.token_urlsafe(32)
     where = directory.absolute()
-    client_host = "127.0.0.1" if is_wildcard else host
+    client_host = host
+    if is_wildcard:
+        client_host = client_name or ("::1" if ":" in host else "127.0.0.1")
     files: list[tuple[str, bytes, int]] = [
         ("ca.pem", ca.certificate_pem, 0o644),
         ("ca-key.pem", ca.key_pem, 0o600),
@@ -106,7 +116,6 @@ def write_development_files(
         (
             "gateway.toml",
             _GATEWAY.format(
-                directory=where,
                 listen=listen,
                 health=health,
                 rules=_LOOPBACK_RULES if is_loopback else _EXAMPLE_RULES,
@@ -116,16 +125,16 @@ def write_development_files(
         (
             "client.toml",
             _CLIENT.format(
-                host=names[0] if names and is_wildcard else client_host,
+                host=client_host,
                 port=port or 4433,
-                server_name=names[0] if names else "localhost",
-                ca=where / "ca.pem",
+                server_name=client_name or "localhost",
+                ca=_toml_text(str(where / "ca.pem")),
                 token=token,
             ).encode(),
             0o600,
         ),
     ]
-    existing = [name for name, _, _ in files if (where / name).exists()]
+    existing = [name for name, _, _ in files if os.path.lexists(where / name)]
     if existing and not force:
         raise ConfigError(
             f"{where} already has {', '.join(existing)}; nothing was written "
@@ -133,24 +142,42 @@ def write_development_files(
         )
     try:
         where.mkdir(mode=0o700, parents=True, exist_ok=True)
-        for name, content, mode in files:
-            _write(where / name, content, mode)
+        _write_all(where, files)
     except OSError as error:
         raise ConfigError(f"cannot write {error.filename or where}: {error.strerror}") from None
     return [where / name for name, _, _ in files]
 
 
-def _write(path: Path, content: bytes, mode: int) -> None:
-    """Whole or not at all, and never readable by others in between."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def _write_all(directory: Path, files: Sequence[tuple[str, bytes, int]]) -> None:
+    """Every file or none; no key is readable by others at any moment."""
+    for name, _, _ in files:
+        if (directory / name).is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(directory / name))
+    drafts: list[tuple[Path, Path]] = []
     try:
-        descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
-        with os.fdopen(descriptor, "wb") as file:
-            os.fchmod(file.fileno(), mode)
-            file.write(content)
-        draft.replace(path)
+        # all that can fail for want of space or rights comes before the first rename
+        for name, content, mode in files:
+            draft = directory / f".{name}.{secrets.token_hex(8)}.tmp"
+            descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+            drafts.append((draft, directory / name))
+            with os.fdopen(descriptor, "wb") as file:
+                os.fchmod(file.fileno(), mode)
+                file.write(content)
+        for draft, path in drafts:
+            draft.replace(path)
     finally:
-        draft.unlink(missing_ok=True)
+        for draft, _ in drafts:
+            with contextlib.suppress(OSError):
+                draft.unlink()
+
+
+def _toml_text(text: str) -> str:
+    """A TOML basic string. Raises ``ConfigError`` for what TOML cannot hold (it is UTF-8)."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ConfigError(f"{text!r}: the directory's name is no UTF-8 text") from None
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _parse(text: str, option: str) -> tuple[str, int]:

@@ -20,9 +20,7 @@ from toppy.quic.engine import Address
 class Listeners:
     """Sockets for ``slot_count`` slots on every address; at most 256 slots."""
 
-    def __init__(
-        self, addresses: Sequence[Address], slot_count: int, *, buffer_bytes: int
-    ) -> None:
+    def __init__(self, addresses: Sequence[Address], slot_count: int, *, buffer_bytes: int) -> None:
         self.slot_count = slot_count
         self.is_steered = steering.is_supported()
         self._groups: list[list[socket.socket]] = []

@@ -25,9 +25,9 @@ from toppy.control.statistics import Statistics
 from toppy.control.supervisor import Supervisor
 from toppy.errors import ConfigError
 from toppy.ipc.control_channel import ControlServer
+from toppy.model.counters import WorkerCounters
 from toppy.net.resolver import Resolver
 from toppy.observe.log import configure_logging, get_logger
-from toppy.model.counters import WorkerCounters
 from toppy.observe.metrics import WorkerSnapshot, render_metrics
 from toppy.policy.ruleset import Ruleset
 from toppy.quic.choose import SLOW_ENGINE_NOTICE, choose_engine
@@ -255,11 +255,11 @@ def run_gateway(path: Path | None, environ: Mapping[str, str]) -> int:
             _log.warning("configuration", warning=warning)
         uvloop.run(_run(settings))
     except ConfigError as error:
-        print(f"toppy-gw: {error}", file=sys.stderr)  # noqa: T201
+        print(f"toppy-gw: {error}", file=sys.stderr)
         return 1
     except BaseExceptionGroup as group:
         first = group.exceptions[0]
-        print(f"toppy-gw: {first}", file=sys.stderr)  # noqa: T201
+        print(f"toppy-gw: {first}", file=sys.stderr)
         return 1
     return 0
 

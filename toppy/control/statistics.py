@@ -27,8 +27,7 @@ class Statistics:
     def by_slot(self) -> dict[int, WorkerCounters]:
         """Counters since the gateway's start."""
         return {
-            slot: self._past.get(slot, WorkerCounters())
-            + self._latest.get(slot, WorkerCounters())
+            slot: self._past.get(slot, WorkerCounters()) + self._latest.get(slot, WorkerCounters())
             for slot in sorted(self._past.keys() | self._latest.keys())
         }
 

@@ -27,8 +27,8 @@ from toppy.protocol.worker_lifecycle import (
     next_state,
 )
 from toppy.wire.ipc_message import (
-    Admitted,
     AdmissionRequest,
+    Admitted,
     FromWorker,
     Hello,
     IpcError,

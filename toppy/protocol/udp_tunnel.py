@@ -25,11 +25,11 @@ class UdpTunnel:
     """Holds early payloads until the tunnel is open, and turns DATAGRAM capsules into payloads."""
 
     __slots__ = (
-        "_hold_bytes",
-        "_hold_datagrams",
         "_held",
         "_held_bytes",
         "_held_datagrams",
+        "_hold_bytes",
+        "_hold_datagrams",
         "_parser",
         "is_open",
         "unknown_contexts",

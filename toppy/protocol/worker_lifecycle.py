@@ -67,7 +67,7 @@ class IllegalTransitionError(LocalError):
 
 
 def next_state(state: WorkerState, happened: WorkerInput) -> WorkerState:
-    """The state after ``happened``; raises ``IllegalTransitionError`` for a pair not in the table."""
+    """The state after ``happened``; raises ``IllegalTransitionError`` if it is not permitted."""
     try:
         return TRANSITIONS[state, happened]
     except KeyError:

@@ -1,4 +1,4 @@
-"""The Capsule Protocol (RFC 9297 section 3): type, length, value, one after the other on a stream."""
+"""The Capsule Protocol (RFC 9297 section 3): types, lengths and values on a stream."""
 
 from __future__ import annotations
 

@@ -52,9 +52,7 @@ def parse_proxy_status(value: str) -> ProxyStatus | None:
     head = re.match(r'("(?:[^"\\]|\\["\\])*"|[^;,\s"]+)', entry)
     if head is None:
         return None
-    parameters = {
-        name: _unquote(found) for name, found in _PARAMETER.findall(entry[head.end() :])
-    }
+    parameters = {name: _unquote(found) for name, found in _PARAMETER.findall(entry[head.end() :])}
     return ProxyStatus(
         proxy=_unquote(head.group(1)),
         error=parameters.get("error", ""),

@@ -29,8 +29,8 @@ from toppy.system.process_title import set_process_title
 from toppy.wire.connection_id import CONNECTION_ID_BYTES, encode_prefix
 from toppy.wire.ipc_message import (
     SETTINGS_LENGTH,
-    Admitted,
     AdmissionRequest,
+    Admitted,
     Hello,
     IpcError,
     Ready,
@@ -54,9 +54,7 @@ class Worker:
 
     def __init__(self, settings: WorkerSettings) -> None:
         self._settings = settings
-        self._log = get_logger("worker").bind(
-            slot=settings.slot, generation=settings.generation
-        )
+        self._log = get_logger("worker").bind(slot=settings.slot, generation=settings.generation)
         self._stopped = asyncio.Event()
         now = time.monotonic()
         limits = settings.limits
@@ -144,9 +142,7 @@ class Worker:
         for signal_number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(signal_number, self._stopped.set)
         loop.add_reader(sys.stdin.fileno(), self._control_plane_is_gone)
-        self._control.send(
-            Hello(settings.slot, settings.generation, os.getpid(), settings.secret)
-        )
+        self._control.send(Hello(settings.slot, settings.generation, os.getpid(), settings.secret))
         self._control.send(Ready(self._engine.name))
         self._log.info("worker serves", engine=self._engine.name)
         tasks = [
@@ -197,9 +193,7 @@ class Worker:
         counters = self._router.snapshot()
         counters.socket_overflow = sum(sock.overflow for sock in self._sockets)
         counters.send_errors = self._driver.send_errors
-        self._control.report(
-            Report(settings.slot, settings.generation, settings.secret, counters)
-        )
+        self._control.report(Report(settings.slot, settings.generation, settings.secret, counters))
 
 
 def read_settings() -> WorkerSettings:

@@ -35,7 +35,7 @@ from toppy.quic.engine import ConnectionAccepted, ConnectionClosed
 from toppy.quic.gate import ConnectionGate
 from toppy.quic.h3 import H3_CONNECT_ERROR, H3_EXCESSIVE_LOAD, H3_NO_ERROR, H3_REQUEST_CANCELLED
 from toppy.wire.connect_udp import RequestError, host_of, response_headers, validate_request
-from toppy.wire.ipc_message import Admitted, AdmissionRequest, TokenAnswer, TokenRequest
+from toppy.wire.ipc_message import AdmissionRequest, Admitted, TokenAnswer, TokenRequest
 from toppy.wire.proxy_status import encode_proxy_status
 
 ECHO_PORTS = (7, 9)
@@ -106,9 +106,7 @@ class Tunnel:
         "target",
     )
 
-    def __init__(
-        self, connection: int, stream_id: int, protocol: UdpTunnel, *, now: float
-    ) -> None:
+    def __init__(self, connection: int, stream_id: int, protocol: UdpTunnel, *, now: float) -> None:
         self.connection = connection
         self.stream_id = stream_id
         self.protocol = protocol
@@ -168,9 +166,12 @@ class Router:
         """Take everything that the endpoint has."""
         for event in self._endpoint.poll_events(now):
             self._handle(event, now)
-        for connection, quarter_stream_id, payloads, segment_size in (
-            self._endpoint.poll_datagrams()
-        ):
+        for (
+            connection,
+            quarter_stream_id,
+            payloads,
+            segment_size,
+        ) in self._endpoint.poll_datagrams():
             tunnel = self._tunnels.get((connection, quarter_stream_id))
             if tunnel is None:
                 count = count_payloads(len(payloads), segment_size)
@@ -233,9 +234,7 @@ class Router:
             self._refuse(connection, stream_id, denial)
             return
         if len(peer.tunnels) >= self._limits.max_tunnels_per_connection:
-            denial = Denial(
-                429, "connection_limit_reached", "too many tunnels on this connection"
-            )
+            denial = Denial(429, "connection_limit_reached", "too many tunnels on this connection")
             self._refuse(connection, stream_id, denial)
             return
         tunnel = Tunnel(
@@ -491,9 +490,9 @@ class Router:
         self._questions[question.request] = (event.connection, event.stream_id)
 
     def _ask_about_ping(self, question: TokenRequest) -> bool:
-        return len(
-            self._questions
-        ) < self._limits.max_pending_admissions and self._shell.ask(question)
+        return len(self._questions) < self._limits.max_pending_admissions and self._shell.ask(
+            question
+        )
 
     def _answer_ping(self, connection: int, stream_id: int, *, is_valid: bool) -> None:
         answer = b"pong" if is_valid else b"unauthorized"

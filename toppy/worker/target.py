@@ -21,7 +21,7 @@ Received = Callable[[Tunnel, Buffer, int, float], None]
 class UdpTarget:
     """One tunnel's socket. It takes datagrams from the target's address and no other."""
 
-    __slots__ = ("_loop", "_received", "_socket", "_tunnel", "_done")
+    __slots__ = ("_done", "_loop", "_received", "_socket", "_tunnel")
 
     def __init__(
         self,
