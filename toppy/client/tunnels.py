@@ -200,7 +200,9 @@ class Tunnels:
             return
         proxy_status = headers.get(b"proxy-status")
         said = parse_proxy_status(proxy_status.decode("ascii", "replace")) if proxy_status else None
-        if not event.ended:
+        if event.ended:
+            self._endpoint.send_body(event.connection, event.stream_id, b"", end=True)
+        else:
             self._endpoint.abort_stream(event.connection, event.stream_id, H3_REQUEST_CANCELLED)
         self._end(tunnel, Refusal(status, explain(status, said)))
 

@@ -188,11 +188,17 @@ class Supervisor:
                 backoff.reset()
             else:
                 await asyncio.sleep(backoff.next_delay_s())
-            await self._respawn(slot)
+            await self._respawn(slot, backoff)
 
-    async def _respawn(self, slot: int) -> None:
-        if not self._is_stopping:  # it may have changed during the pause
-            await self._spawn(slot)
+    async def _respawn(self, slot: int, backoff: Backoff) -> None:
+        while not self._is_stopping:  # it may have changed during the pause
+            try:
+                await self._spawn(slot)
+            except OSError as error:
+                _log.error("worker cannot be started", slot=slot, reason=str(error))
+                await asyncio.sleep(backoff.next_delay_s())
+            else:
+                return
 
     def _forget(self, worker: Worker) -> None:
         worker.handle(WorkerInput.EXIT)

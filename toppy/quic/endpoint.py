@@ -102,6 +102,8 @@ class Endpoint:
         self._awaiting_settings: set[int] = set()
         self._raw_connections: set[int] = set()
         self._events: list[EndpointEvent] = []
+        # engines report nothing of a stream once it is stopped, but for what they have already
+        self._given_up: set[tuple[int, int]] = set()
 
     def connect(self, address: Address, server_name: str, now: float) -> int:
         """Begin a connection (client)."""
@@ -123,6 +125,7 @@ class Endpoint:
         """What happened since the last call, in order per connection."""
         for event in self.engine.poll_events():
             self._handle(event, now)
+        self._given_up.clear()
         events, self._events = self._events, []
         return events
 
@@ -165,6 +168,12 @@ class Endpoint:
         if session is not None:
             session.abort(stream_id, error_code)
 
+    def stop_reading(self, connection: int, stream_id: int) -> None:
+        """Read no more of a request stream; what was sent on it still arrives."""
+        session = self._sessions.get(connection)
+        if session is not None:
+            session.stop_reading(stream_id)
+
     def may_send_datagrams(self, connection: int) -> bool:
         """Whether the peer takes HTTP Datagrams in DATAGRAM frames; otherwise only capsules."""
         session = self._sessions.get(connection)
@@ -193,7 +202,8 @@ class Endpoint:
             case StreamDataReceived() | StreamReset() | StopSendingReceived():
                 session = self._sessions.get(event.connection)
                 if session is not None:
-                    self._handle_stream(session, event, now)
+                    if (event.connection, event.stream_id) not in self._given_up:
+                        self._handle_stream(session, event, now)
                 elif (
                     isinstance(event, StreamDataReceived)
                     and event.connection in self._raw_connections
@@ -211,6 +221,7 @@ class Endpoint:
                 self._sessions[connection] = Http3Session(
                     self.engine,
                     connection,
+                    self._given_up,
                     is_client=self._is_client,
                     max_header_bytes=self._max_header_bytes,
                 )

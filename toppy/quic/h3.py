@@ -104,14 +104,21 @@ class Http3Session:
     """
 
     def __init__(
-        self, engine: Engine, connection: int, *, is_client: bool, max_header_bytes: int
+        self,
+        engine: Engine,
+        connection: int,
+        given_up: set[tuple[int, int]],
+        *,
+        is_client: bool,
+        max_header_bytes: int,
     ) -> None:
+        """``given_up`` collects (connection, stream ID) of streams that are read no more."""
         self._engine = engine
         self._connection = connection
         self._max_header_bytes = max_header_bytes
         self._quic = _QuicFacade(engine, connection, is_client=is_client)
         self._h3 = _BoundedH3Connection(self._quic, max_header_bytes)
-        self._given_up: set[int] = set()
+        self._given_up = given_up
 
     @property
     def closing(self) -> tuple[int, str] | None:
@@ -139,17 +146,12 @@ class Http3Session:
         """HTTP events (aioquic's ``HeadersReceived`` and ``DataReceived``) that ``event`` makes."""
         match event:
             case StreamDataReceived(stream_id=stream_id, data=data, ended=ended):
-                if stream_id in self._given_up:
-                    if ended:
-                        self._given_up.discard(stream_id)
-                    return []
                 happened = self._h3.handle_event(
                     quic_events.StreamDataReceived(data=data, end_stream=ended, stream_id=stream_id)
                 )
                 self._check_buffer(stream_id)
                 return [e for e in happened if isinstance(e, HeadersReceived | DataReceived)]
             case StreamReset(stream_id=stream_id, error_code=code):
-                self._given_up.discard(stream_id)
                 self._h3.handle_event(quic_events.StreamReset(error_code=code, stream_id=stream_id))
             case StopSendingReceived(stream_id=stream_id, error_code=code):
                 self._h3.handle_event(
@@ -181,7 +183,19 @@ class Http3Session:
     def _is_sendable(self, stream_id: int) -> bool:
         # aioquic forgets a stream when both directions have ended, and would make a new one
         stream = self._h3._stream.get(stream_id)
-        return stream is not None and not stream.sending_ended and stream_id not in self._given_up
+        return stream is not None and not stream.sending_ended
+
+    def stop_reading(self, stream_id: int) -> None:
+        """Read no more of a request stream; what was sent on it still arrives."""
+        stream = self._h3._stream.get(stream_id)
+        if stream is None or stream.receiving_ended:
+            return
+        self._engine.stop_stream(self._connection, stream_id, H3_NO_ERROR)
+        self._given_up.add((self._connection, stream_id))
+        stream.receiving_ended = True
+        stream.buffer = b""
+        if stream.is_ended():
+            del self._h3._stream[stream_id]
 
     def abort(self, stream_id: int, error_code: int) -> None:
         """Reset both directions of a request stream and forget it."""
@@ -189,7 +203,7 @@ class Http3Session:
         self._engine.reset_stream(self._connection, stream_id, error_code)
         if stream is None or not stream.receiving_ended:
             self._engine.stop_stream(self._connection, stream_id, error_code)
-            self._given_up.add(stream_id)
+            self._given_up.add((self._connection, stream_id))
 
     def _check_buffer(self, stream_id: int) -> None:
         """Refuse a header section by its declared length, before it is buffered."""

@@ -7,7 +7,7 @@ target sockets when told to, so that tests drive the router with plain values.
 from __future__ import annotations
 
 import ipaddress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from toppy.errors import PeerError, TargetError
@@ -42,6 +42,8 @@ ECHO_PORTS = (7, 9)
 """The built-in echo answers for the gateway's own name on echo's and discard's port (T-066)."""
 
 _PING_BYTES = 8192 + 5
+_EARLY_STREAMS = 16
+"""Of how many requests that are still on their way one connection's datagrams are held."""
 
 _DROP_REASON = {
     SendResult.WOULD_BLOCK: DropReason.TARGET_BUFFER_FULL,
@@ -130,6 +132,10 @@ class _Peer:
 
     tunnels: set[Tunnel]
     failed_auth: int = 0
+    newest_request: int = -1
+    """Quarter stream ID of the newest request."""
+    early: dict[int, UdpTunnel] = field(default_factory=dict)
+    """Datagrams that overtook their request, by quarter stream ID."""
     pings: dict[int, bytes] | None = None
     """Connections that speak ``toppy-ping``: what each stream has said so far."""
 
@@ -158,6 +164,7 @@ class Router:
         self._tunnels: dict[tuple[int, int], Tunnel] = {}
         self._questions: dict[int, Tunnel | tuple[int, int]] = {}
         self._next_question = 1
+        self._early_peers: set[int] = set()
         self.counters = WorkerCounters()
 
     # events from the network
@@ -174,13 +181,43 @@ class Router:
         ) in self._endpoint.poll_datagrams():
             tunnel = self._tunnels.get((connection, quarter_stream_id))
             if tunnel is None:
-                count = count_payloads(len(payloads), segment_size)
-                self._drop(DropReason.UNKNOWN_STREAM, count)
+                self._hold_early(connection, quarter_stream_id, payloads, segment_size)
             elif tunnel.target is None and tunnel.grant is None:
                 dropped = tunnel.protocol.hold(payloads, segment_size)
                 self._drop(DropReason.EARLY_QUEUE_FULL, dropped)
             else:
                 self._send_to_target(tunnel, payloads, segment_size, now)
+
+    def _hold_early(
+        self, connection: int, quarter_stream_id: int, payloads: bytes, segment_size: int
+    ) -> None:
+        """Datagrams without a tunnel: their request may be on its way (RFC 9297 section 2.1)."""
+        peer = self._peers.get(connection)
+        if peer is None or quarter_stream_id <= peer.newest_request:
+            count = count_payloads(len(payloads), segment_size)
+            self._drop(DropReason.UNKNOWN_STREAM, count)
+            return
+        held = peer.early.get(quarter_stream_id)
+        if held is None:
+            if len(peer.early) >= _EARLY_STREAMS:
+                count = count_payloads(len(payloads), segment_size)
+                self._drop(DropReason.EARLY_QUEUE_FULL, count)
+                return
+            held = peer.early[quarter_stream_id] = self._new_protocol()
+            self._early_peers.add(connection)
+        self._drop(DropReason.EARLY_QUEUE_FULL, held.hold(payloads, segment_size))
+
+    def _new_protocol(self) -> UdpTunnel:
+        return UdpTunnel(
+            hold_datagrams=self._limits.early_datagrams_per_tunnel,
+            hold_bytes=self._limits.early_bytes_per_tunnel,
+        )
+
+    def _drop_early(self, peer: _Peer) -> None:
+        for held in peer.early.values():
+            for payloads, segment_size in held.discard_held():
+                self._drop(DropReason.UNKNOWN_STREAM, count_payloads(len(payloads), segment_size))
+        peer.early.clear()
 
     def _handle(self, event: EndpointEvent, now: float) -> None:
         match event:
@@ -206,8 +243,10 @@ class Router:
                 if not self._gate.closed(connection):
                     self.counters.handshakes_failed += 1
                 peer = self._peers.pop(connection, None)
-                for tunnel in list(peer.tunnels) if peer is not None else ():
-                    self._forget(tunnel, from_peer=False)
+                if peer is not None:
+                    self._drop_early(peer)
+                    for tunnel in list(peer.tunnels):
+                        self._forget(tunnel, from_peer=False)
             case RawStreamReceived():
                 self._receive_ping(event, now)
 
@@ -237,15 +276,9 @@ class Router:
             denial = Denial(429, "connection_limit_reached", "too many tunnels on this connection")
             self._refuse(connection, stream_id, denial)
             return
-        tunnel = Tunnel(
-            connection,
-            stream_id,
-            UdpTunnel(
-                hold_datagrams=self._limits.early_datagrams_per_tunnel,
-                hold_bytes=self._limits.early_bytes_per_tunnel,
-            ),
-            now=now,
-        )
+        peer.newest_request = max(peer.newest_request, stream_id // 4)
+        protocol = peer.early.pop(stream_id // 4, None) or self._new_protocol()
+        tunnel = Tunnel(connection, stream_id, protocol, now=now)
         target = request.target
         is_echo = (
             not request.is_forward
@@ -339,7 +372,7 @@ class Router:
         )
         self._endpoint.send_headers(connection, stream_id, headers, end=True)
         # what the client still sends on this stream is of no use to anybody
-        self._engine.stop_stream(connection, stream_id, H3_NO_ERROR)
+        self._endpoint.stop_reading(connection, stream_id)
 
     # payloads
 
@@ -437,6 +470,11 @@ class Router:
         """Once a second or so: end what took too long."""
         for connection in self._gate.overdue(now):
             self._endpoint.close(connection, H3_NO_ERROR, "the handshake took too long", now)
+        for connection in self._early_peers:
+            peer = self._peers.get(connection)
+            if peer is not None:
+                self._drop_early(peer)
+        self._early_peers.clear()
         limits = self._limits
         for request, asked in list(self._questions.items()):
             if isinstance(asked, Tunnel):
@@ -457,7 +495,7 @@ class Router:
             is_expired = grant.expires_at is not None and unix_now >= grant.expires_at
             if is_expired or now - tunnel.last_active >= limits.tunnel_idle_timeout_s:
                 self._endpoint.send_body(tunnel.connection, tunnel.stream_id, b"", end=True)
-                self._engine.stop_stream(tunnel.connection, tunnel.stream_id, H3_NO_ERROR)
+                self._endpoint.stop_reading(tunnel.connection, tunnel.stream_id)
                 self._forget(tunnel)
 
     def close(self, now: float) -> None:
