@@ -10,20 +10,31 @@ from typing import Literal
 
 from pydantic import Field, SecretStr, field_validator, model_validator
 
-from toppy.config.gateway import CongestionControl, Engine, Section, setting
 from toppy.config.policy import PolicyRule, name_rules
 from toppy.config.reading import apply_environment, parse_toml, validate
-
-_TEMPLATE_NAMES = ("{target_host}", "{target_port}")
+from toppy.config.section import (
+    CongestionControl,
+    Engine,
+    Section,
+    Table,
+    check_token,
+    setting,
+)
+from toppy.errors import ConfigError
+from toppy.wire.connect_udp import validate_template
 
 
 class AllowRule(PolicyRule):
     """A rule of the client's policy: what is not allowed is denied."""
 
-    action: Literal["allow", "deny"] = "allow"
+    action: Literal["allow", "deny"] = Field(
+        "allow", description="`allow`; a `deny` rule is refused."
+    )
 
     @model_validator(mode="after")
     def _complete(self) -> AllowRule:
+        if self.action != "allow":
+            raise ValueError("action: rules of policy.allow only allow; leave the key out")
         if not self.cidr and not self.host:
             raise ValueError("needs cidr or host")
         if not self.ports:
@@ -42,14 +53,20 @@ class ClientPolicy(Section):
         return name_rules(value)
 
 
-class TokenAuth(Section):
+class TokenAuth(Table):
     """A token that the operator handed out."""
 
     mode: Literal["token"]
     token: SecretStr = setting(..., "The bearer token.")
 
+    @field_validator("token")
+    @classmethod
+    def _sendable(cls, value: SecretStr) -> SecretStr:
+        check_token(value.get_secret_value())
+        return value
 
-class OidcDeviceCodeAuth(Section):
+
+class OidcDeviceCodeAuth(Table):
     """OIDC device authorization (RFC 8628); used by `toppy login`, in a later version."""
 
     mode: Literal["oidc_device_code"]
@@ -60,7 +77,7 @@ class OidcDeviceCodeAuth(Section):
     token_cache_path: str | None = setting(None, "Where tokens are kept.", min_length=1)
 
 
-class OidcAuthCodePkceAuth(Section):
+class OidcAuthCodePkceAuth(Table):
     """OIDC authorization code with PKCE; used by `toppy login`, in a later version."""
 
     mode: Literal["oidc_auth_code_pkce"]
@@ -74,7 +91,7 @@ class OidcAuthCodePkceAuth(Section):
     token_cache_path: str | None = setting(None, "Where tokens are kept.", min_length=1)
 
 
-class SamlAuth(Section):
+class SamlAuth(Table):
     """SAML through an OIDC broker; used by `toppy login`, in a later version."""
 
     mode: Literal["saml"]
@@ -129,7 +146,7 @@ class ClientConfig(Section):
     )
     auth_token: SecretStr | None = setting(None, "The bearer token, where there is no `[auth]`.")
     mtu: int | None = setting(
-        None, "UDP payload of the first packets, in bytes; 1350 is recommended.", ge=1, le=65535
+        None, "UDP payload of the first packets, in bytes; 1350 is recommended.", ge=1, le=65507
     )
     policy: ClientPolicy | None = None
     auth: Auth | None = Field(None, discriminator="mode")
@@ -138,14 +155,23 @@ class ClientConfig(Section):
     udp_idle_s: float = setting(
         60.0, "A local peer that is silent for so long is forgotten.", ge=1, le=86_400
     )
-    udp_max_peers: int = setting(128, "Local peers at once; further ones are dropped.", ge=1, le=65535)
+    udp_max_peers: int = setting(
+        128, "Local peers at once; further ones are dropped.", ge=1, le=65535
+    )
     audit_log_path: str | None = setting(None, "Used by a later version.", min_length=1)
     audit_signing_key: SecretStr | None = setting(None, "Used by a later version.")
     audit_ship_url: str | None = setting(None, "Used by a later version.", min_length=1)
     audit_ship_token: SecretStr | None = setting(None, "Used by a later version.")
     audit_ship_timeout_secs: float = setting(3.0, "Used by a later version.", gt=0)
 
-    @field_validator("auth_token", "audit_signing_key", "audit_ship_token")
+    @field_validator("auth_token", "audit_ship_token")
+    @classmethod
+    def _sendable(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None:
+            check_token(value.get_secret_value())
+        return value
+
+    @field_validator("audit_signing_key")
     @classmethod
     def _not_empty(cls, value: SecretStr | None) -> SecretStr | None:
         if value is not None and not value.get_secret_value():
@@ -167,15 +193,11 @@ class ClientConfig(Section):
     @field_validator("gateway_template")
     @classmethod
     def _template(cls, value: str | None) -> str | None:
-        if value is None:
-            return None
-        is_query = re.search(r"\{[?&](target_host,target_port|target_port,target_host)\}", value)
-        if not value.startswith("https://") or not (
-            is_query or all(name in value for name in _TEMPLATE_NAMES)
-        ):
-            raise ValueError(
-                "must be an https:// URI template with {target_host} and {target_port}"
-            )
+        if value is not None:
+            try:
+                validate_template(value)
+            except ConfigError as error:
+                raise ValueError(str(error).removeprefix("gateway_template ")) from None
         return value
 
     @property
@@ -197,8 +219,8 @@ ENVIRONMENT: Mapping[str, str] = {
 def parse_client_config(text: str, source: str, environ: Mapping[str, str]) -> ClientConfig:
     """Validate a client's file under the environment. Raises ``ConfigError``."""
     data = parse_toml(text, source)
-    apply_environment(data, environ, ENVIRONMENT)
-    return validate(ClientConfig, data, text, source)
+    variables = apply_environment(data, environ, ENVIRONMENT)
+    return validate(ClientConfig, data, text, source, variables)
 
 
 def client_config_path(flag: str | None, environ: Mapping[str, str], home: str) -> str:

@@ -13,55 +13,50 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    SecretStr,
-    field_validator,
-    model_validator,
-)
+from pydantic import BeforeValidator, Field, SecretStr, field_validator, model_validator
 
 from toppy.config.address import parse_host_port
 from toppy.config.policy import PolicyRule, name_rules
 from toppy.config.reading import apply_environment, parse_toml, suggest, validate
+from toppy.config.section import (
+    CommaList,
+    CongestionControl,
+    Engine,
+    Section,
+    check_token,
+    setting,
+)
 from toppy.errors import ConfigError
 
-Engine = Literal["auto", "native", "aioquic"]
-CongestionControl = Literal["cubic", "bbr", "newreno"]
 LogLevel = Literal["debug", "info", "warning", "error"]
-
-
-def setting(default: Any, description: str, *, applies: str = "restart", **bounds: Any) -> Any:
-    """A field with what the reference says about it."""
-    return Field(
-        default, description=description, json_schema_extra={"applies": applies}, **bounds
-    )
-
-
-class Section(BaseModel):
-    """A table: frozen, and unknown keys are errors."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-def _split(value: Any) -> Any:
-    if isinstance(value, str):
-        return tuple(part.strip() for part in value.split(",") if part.strip())
-    return value
+JwtAlgorithm = Literal[
+    "HS256",
+    "HS384",
+    "HS512",
+    "RS256",
+    "RS384",
+    "RS512",
+    "PS256",
+    "PS384",
+    "PS512",
+    "ES256",
+    "ES384",
+    "ES512",
+    "EdDSA",
+]
+MAX_WORKERS = 64
+MIN_TOKEN_CHARACTERS = 8
+MIN_SECRET_BYTES = 16
 
 
 class ListenSection(Section):
     """Where the gateway listens."""
 
-    quic: Annotated[tuple[str, ...], BeforeValidator(_split)] = setting(
+    quic: CommaList = setting(
         ("0.0.0.0:4433", "[::]:4433"),
         "UDP addresses of the QUIC port. One SO_REUSEPORT group each.",
     )
-    health: str = setting(
-        "0.0.0.0:8080", "TCP address of `/healthz` and `/metrics`; empty: none."
-    )
+    health: str = setting("0.0.0.0:8080", "TCP address of `/healthz` and `/metrics`; empty: none.")
     socket_buffer_bytes: int = setting(
         8 << 20,
         "Asked for as receive and send buffer of each UDP socket; the kernel may give less "
@@ -77,6 +72,12 @@ class ListenSection(Section):
             raise ValueError("at least one HOST:PORT is needed")
         for text in value:
             _check_numeric(text)
+        addresses = [parse_host_port(text) for text in value]
+        for text, (host, port) in zip(value, addresses, strict=True):
+            # a second group on one address would join the first and take its packets
+            same = [a for a in addresses if port and a[1] == port and _is_same(a[0], host)]
+            if len(same) > 1:
+                raise ValueError(f"{text!r} is there twice")
         return value
 
     @field_validator("health")
@@ -95,8 +96,12 @@ def _check_numeric(text: str) -> None:
         raise ValueError(f"{text!r}: write an address, not a name, such as 0.0.0.0:4433") from None
 
 
+def _is_same(host: str, other: str) -> bool:
+    return ipaddress.ip_address(host) == ipaddress.ip_address(other)
+
+
 class TlsSection(Section):
-    """The gateway's certificate. With neither key: a self-signed one for localhost, made at start."""
+    """The gateway's certificate. Without one: self-signed for localhost, made at start."""
 
     certificate: str = setting("", "PEM file: the certificate, then its chain.")
     private_key: str = setting("", "PEM file: the certificate's key; mode 0600.")
@@ -116,7 +121,7 @@ class JwtSection(Section):
     secret_file: str = setting("", "File with the HMAC secret; mode 0600.")
     public_key_file: str = setting("", "PEM public key: RSA, EC or Ed25519.")
     jwks_file: str = setting("", "JWK set with public keys, chosen by `kid`.")
-    algorithms: tuple[str, ...] = setting(
+    algorithms: tuple[JwtAlgorithm, ...] = setting(
         (), "Narrows what the keys allow, for example `['ES256']`. Empty: what fits the key."
     )
     issuer: str = setting("", "Required `iss`; empty: any.")
@@ -127,6 +132,13 @@ class JwtSection(Section):
     def is_configured(self) -> bool:
         """Whether there is any key."""
         return bool(self.secret or self.secret_file or self.public_key_file or self.jwks_file)
+
+    @field_validator("secret")
+    @classmethod
+    def _long_enough(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None and len(value.get_secret_value().encode()) < MIN_SECRET_BYTES:
+            raise ValueError(f"is too short: at least {MIN_SECRET_BYTES} bytes")
+        return value
 
     @model_validator(mode="after")
     def _has_key(self) -> JwtSection:
@@ -146,9 +158,9 @@ class AuthSection(Section):
 
     @field_validator("token")
     @classmethod
-    def _long_enough(cls, value: SecretStr | None) -> SecretStr | None:
-        if value is not None and len(value.get_secret_value()) < 8:
-            raise ValueError("is too short: at least 8 characters")
+    def _sendable(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None:
+            check_token(value.get_secret_value(), min_characters=MIN_TOKEN_CHARACTERS)
         return value
 
     @model_validator(mode="after")
@@ -212,9 +224,7 @@ class LimitsSection(Section):
     max_connections_per_source: int = setting(
         1_000, "Of one IPv4 address or one IPv6 /64, in one worker.", ge=1, le=1_000_000
     )
-    max_tunnels_per_connection: int = setting(
-        1_000, "Beyond it: 429.", ge=1, le=100_000
-    )
+    max_tunnels_per_connection: int = setting(1_000, "Beyond it: 429.", ge=1, le=100_000)
     max_streams_per_connection: int = setting(
         1_024, "Request streams that a client may have open.", ge=1, le=100_000
     )
@@ -249,9 +259,7 @@ class LimitsSection(Section):
     early_datagrams_per_tunnel: int = setting(
         64, "Datagrams held while their tunnel is being opened.", ge=0, le=10_000
     )
-    early_bytes_per_tunnel: int = setting(
-        131_072, "The same in bytes.", ge=0, le=1 << 24
-    )
+    early_bytes_per_tunnel: int = setting(131_072, "The same in bytes.", ge=0, le=1 << 24)
     tunnel_queue_bytes: int = setting(
         1 << 20, "Datagrams waiting to be sent to the client, per tunnel.", ge=65_536, le=1 << 28
     )
@@ -259,11 +267,17 @@ class LimitsSection(Section):
         8 << 20, "The same per connection.", ge=65_536, le=1 << 30
     )
 
+    @model_validator(mode="after")
+    def _ordered(self) -> LimitsSection:
+        if self.connection_queue_bytes < self.tunnel_queue_bytes:
+            raise ValueError("connection_queue_bytes must not be below tunnel_queue_bytes")
+        return self
+
 
 class ResolverSection(Section):
     """Name resolution of targets, at the gateway."""
 
-    nameservers: Annotated[tuple[str, ...], BeforeValidator(_split)] = setting(
+    nameservers: CommaList = setting(
         (), "`IP` or `IP:PORT`; empty: the system's (`/etc/resolv.conf`)."
     )
     timeout_s: float = setting(3.0, "For one name, all servers together.", gt=0, le=30)
@@ -279,19 +293,34 @@ class ResolverSection(Section):
         return value
 
 
+def _lower(value: Any) -> Any:
+    return value.lower() if isinstance(value, str) else value
+
+
 class LogSection(Section):
     """Logs on standard error."""
 
-    level: LogLevel = setting("info", "What is worth a line.")
+    level: Annotated[LogLevel, BeforeValidator(_lower)] = setting("info", "What is worth a line.")
     format: Literal["auto", "console", "json"] = setting(
         "auto", "`auto`: for people on a terminal, JSON otherwise."
     )
 
 
+def _parse_workers(value: Any) -> Any:
+    text = str(value)
+    if text == "auto":
+        return value
+    if not re.fullmatch("[0-9]{1,3}", text) or not 1 <= int(text) <= MAX_WORKERS:
+        raise ValueError(f"must be 'auto' or a number from 1 to {MAX_WORKERS}")
+    return int(text)
+
+
 class GatewayConfig(Section):
     """``gateway.toml``."""
 
-    workers: int | Literal["auto"] = setting("auto", "Data-plane processes; `auto`: one per core.")
+    workers: Annotated[int | Literal["auto"], BeforeValidator(_parse_workers)] = setting(
+        "auto", "Data-plane processes, 1 to 64; `auto`: one per core."
+    )
     runtime_dir: str = setting(
         "/run/toppy-gw", "Unix sockets and the lock; mode 0700. Relative to this file."
     )
@@ -307,13 +336,6 @@ class GatewayConfig(Section):
     limits: LimitsSection = Field(default_factory=LimitsSection)
     resolver: ResolverSection = Field(default_factory=ResolverSection)
     log: LogSection = Field(default_factory=LogSection)
-
-    @field_validator("workers")
-    @classmethod
-    def _workers(cls, value: int | str) -> int | str:
-        if isinstance(value, int) and not 1 <= value <= 64:
-            raise ValueError("must be 'auto' or a number from 1 to 64")
-        return value
 
     @field_validator("name")
     @classmethod
@@ -331,9 +353,9 @@ class GatewayConfig(Section):
 
     @model_validator(mode="after")
     def _safe(self) -> GatewayConfig:
-        if self.auth.is_configured:
-            return self
         if not self.insecure_no_auth:
+            if self.auth.is_configured:
+                return self
             raise ValueError(
                 "no authentication is configured: set auth.token_file or [auth.jwt] "
                 "(or TOPPY_GW_TOKEN), or insecure_no_auth = true on loopback addresses"
@@ -382,14 +404,17 @@ def parse_gateway_config(text: str, source: str, environ: Mapping[str, str]) -> 
             key="tls.certificate",
         )
     _replace_files(data, environ)
-    apply_environment(data, environ, ENVIRONMENT)
+    variables = apply_environment(data, environ, ENVIRONMENT)
+    config = validate(GatewayConfig, data, text, source, variables)
     known = [*ENVIRONMENT, *_OTHER_VARIABLES]
-    warnings = tuple(
+    warnings = [
         f"environment variable {name} is not known{suggest(name, known)}"
         for name in sorted(environ)
         if name.startswith("TOPPY_GW_") and name not in known
-    )
-    return LoadedConfig(validate(GatewayConfig, data, text, source), warnings)
+    ]
+    if config.insecure_no_auth and config.auth.is_configured:
+        warnings.append("insecure_no_auth has no effect: authentication is configured")
+    return LoadedConfig(config, tuple(warnings))
 
 
 def _replace_files(data: dict[str, Any], environ: Mapping[str, str]) -> None:

@@ -12,6 +12,7 @@ Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 PortRange = tuple[int, int]
 Scalar = str | int | float | bool
 
+_PORTS = re.compile(r"\s*([0-9]{1,5})\s*(?:-\s*([0-9]{1,5})\s*)?\Z")
 _HOST_PATTERN = re.compile(r"(\*|(\*\.)?[a-z0-9_]([a-z0-9_.-]*[a-z0-9_])?)\Z")
 
 
@@ -19,11 +20,22 @@ def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str | int) else value
 
 
+def _items(value: Any) -> list[Any]:
+    items = _as_list(value)
+    if not isinstance(items, list | tuple):
+        raise ValueError("must be one value or a list")  # noqa: TRY004  # pydantic's own protocol
+    return list(items)
+
+
 def _parse_networks(value: Any) -> Any:
     networks = []
-    for text in _as_list(value):
+    for text in _items(value):
+        if isinstance(text, Network):
+            networks.append(text)
+            continue
         try:
-            networks.append(ipaddress.ip_network(text, strict=False))
+            # ip_network takes plain numbers too, and a slip of the pen must open nothing
+            networks.append(ipaddress.ip_network(str(text) if isinstance(text, str) else "", False))
         except ValueError:
             raise ValueError(
                 f"{text!r} is no network; write 10.0.0.0/8, 192.0.2.7 or 2001:db8::/32"
@@ -33,7 +45,7 @@ def _parse_networks(value: Any) -> Any:
 
 def _parse_hosts(value: Any) -> Any:
     hosts = []
-    for text in _as_list(value):
+    for text in _items(value):
         host = text.lower().rstrip(".") if isinstance(text, str) else text
         if not isinstance(host, str) or not _HOST_PATTERN.match(host):
             raise ValueError(
@@ -45,12 +57,11 @@ def _parse_hosts(value: Any) -> Any:
 
 def _parse_ports(value: Any) -> Any:
     ranges = []
-    for item in _as_list(value):
-        first, dash, last = str(item).partition("-")
-        try:
-            low, high = int(first), int(last if dash else first)
-        except ValueError:
-            raise ValueError(f"{item!r} is no port; write 53 or '8000-8999'") from None
+    for item in _items(value):
+        match = _PORTS.match(str(item)) if isinstance(item, str | int) else None
+        if match is None:
+            raise ValueError(f"{item!r} is no port; write 53 or '8000-8999'")
+        low, high = int(match.group(1)), int(match.group(2) or match.group(1))
         if not 1 <= low <= high <= 65535:
             raise ValueError(f"{item!r}: ports go from 1 to 65535, the lower one first")
         ranges.append((low, high))
@@ -59,11 +70,14 @@ def _parse_ports(value: Any) -> Any:
 
 def _parse_claims(value: Any) -> Any:
     if not isinstance(value, dict):
-        raise ValueError("claims is a table such as { team = 'ops' }")
-    return {
-        name: tuple(allowed) if isinstance(allowed, list) else (allowed,)
-        for name, allowed in value.items()
-    }
+        raise ValueError("must be a table, such as { team = 'ops' }")  # noqa: TRY004
+    claims = {}
+    for name, allowed in value.items():
+        values = tuple(allowed) if isinstance(allowed, list | tuple) else (allowed,)
+        if not values or not all(isinstance(one, str | int | float) for one in values):
+            raise ValueError(f"{name}: must be a text, a number, true, false or a list of these")
+        claims[name] = values
+    return claims
 
 
 class PolicyRule(BaseModel):
@@ -71,7 +85,9 @@ class PolicyRule(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: str = Field("", description="How answers and logs call the rule. Default: `rule N`.")
+    name: str = Field(
+        "", description="How answers and logs call the rule. Default: `rule N`.", max_length=100
+    )
     action: Literal["allow", "deny"] = Field(description="What a match means.")
     cidr: Annotated[tuple[Network, ...], BeforeValidator(_parse_networks)] = Field(
         (),
@@ -97,11 +113,18 @@ class PolicyRule(BaseModel):
         description="JWT claims and the values allowed: `{ team = ['ops', 'net'] }`.",
     )
 
+    @field_validator("name")
+    @classmethod
+    def _printable(cls, value: str) -> str:
+        if not value.isprintable():
+            raise ValueError("must be one line of printable characters")
+        return value
+
     @field_validator("cidr", "host", "ports", "protocol", "subjects")
     @classmethod
     def _not_empty(cls, value: tuple[Any, ...]) -> tuple[Any, ...]:
         if not value:
-            raise ValueError("an empty list would match nothing; leave the key out to match all")
+            raise ValueError("must not be an empty list, which would match nothing")
         return value
 
 

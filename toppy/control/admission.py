@@ -21,6 +21,7 @@ from toppy.policy.ruleset import Ruleset
 from toppy.wire.ipc_message import AdmissionRequest
 
 ECHO_RULE = "built-in echo"
+_BROADCAST = ipaddress.IPv4Address("255.255.255.255")
 
 
 class Admission:
@@ -94,6 +95,9 @@ class Admission:
 
 def _is_own(address: str) -> bool:
     """Whether ``address`` belongs to this host now: only then can a socket be bound to it."""
+    parsed = ipaddress.ip_address(address)
+    if parsed.is_multicast or parsed.is_unspecified or parsed == _BROADCAST:
+        return False  # anybody may bind these
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     try:
         with socket.socket(family, socket.SOCK_DGRAM) as probe:

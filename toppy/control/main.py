@@ -156,7 +156,7 @@ class ControlPlane:
             _log.warning("no BPF steering here: the kernel's hash spreads connections")
         if self._engine == "aioquic" and config.quic.engine == "auto":
             _log.warning(SLOW_ENGINE_NOTICE)
-        if config.insecure_no_auth:
+        if config.insecure_no_auth and not config.auth.is_configured:
             _log.warning("no authentication: anybody who reaches this address may use it")
         self._services.ready()
 
