@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from toppy.client.policy import check_policy, parse_target
 from toppy.client.session import (
     ConnectFailure,
     GatewaySession,
@@ -27,13 +27,10 @@ from toppy.client.udp_forward import UdpForward
 from toppy.config.address import parse_host_port
 from toppy.config.client import ClientConfig
 from toppy.errors import ConfigError, DeniedError
-from toppy.model.identity import Identity
 from toppy.model.target import Target
 from toppy.net.udp_socket import UdpSocket, bind_udp
 from toppy.observe.log import configure_logging, get_logger
-from toppy.policy.ruleset import Ruleset
 from toppy.system.process_title import set_process_title
-from toppy.wire.connect_udp import RequestError, parse_host
 
 EXIT_FAILURE = 1
 EXIT_DENIED = 2
@@ -51,7 +48,7 @@ def run_udp(listen: str, target: str, config: str | None, environ: Mapping[str, 
         loaded = load_client_config(config, environ)
         settings = gateway_settings(loaded)
         host, port = _parse("--listen", listen)
-        where = parse_target(target)
+        where = parse_target("--target", target)
         check_policy(loaded.config, where)
         local = _bind(host, port)
     except DeniedError as error:
@@ -69,49 +66,6 @@ def run_udp(listen: str, target: str, config: str | None, environ: Mapping[str, 
     command = _UdpCommand(is_terminal=is_terminal)
     uvloop.run(command.run(settings, local, where, loaded.config))
     return 0
-
-
-def parse_target(text: str) -> Target:
-    """``HOST:PORT`` with a name or an address. Raises ``ConfigError``."""
-    host, port = _parse("--target", text)
-    if port == 0:
-        raise ConfigError(f"--target {text!r}: the port must be from 1 to 65535")
-    try:
-        return Target(parse_host(host), port)
-    except RequestError as error:
-        raise ConfigError(f"--target {text!r}: {error}") from None
-
-
-def check_policy(config: ClientConfig, target: Target) -> None:
-    """Raise ``DeniedError`` unless the client's own policy allows ``target`` (T-040, T-041)."""
-    if config.policy is None:
-        raise DeniedError(
-            f"target {target} is not allowed: the configuration has no [policy], and what is not "
-            "allowed is denied"
-        )
-    ruleset = Ruleset(config.policy.allow, guards_special=False)
-    identity = Identity("", "none")
-    decision = ruleset.decide_name(identity, target)
-    if decision is None:
-        addresses = _resolve(target)
-        decision = ruleset.decide(identity, target, addresses)
-        if decision.is_allowed and len(decision.addresses) != len(addresses):
-            raise DeniedError(
-                f"target {target} is not allowed: it has addresses that no rule allows"
-            )
-    if not decision.is_allowed:
-        raise DeniedError(decision.reason, rule=decision.rule)
-
-
-def _resolve(target: Target) -> list[str]:
-    try:
-        found = socket.getaddrinfo(target.host, target.port, type=socket.SOCK_DGRAM)
-    except OSError:
-        raise DeniedError(
-            f"target {target} is not allowed: its name cannot be resolved here to compare it with "
-            f'the cidr rules; add a rule with host = "{target.host}"'
-        ) from None
-    return list(dict.fromkeys(str(info[4][0]) for info in found))
 
 
 def _parse(option: str, text: str) -> tuple[str, int]:

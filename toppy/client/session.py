@@ -84,7 +84,7 @@ class GatewaySession:
         self._settings = settings
         self._on_state = on_state
         self._on_failure = on_failure
-        self._sockets = _open_sockets(settings.buffer_bytes)
+        self._sockets = open_sockets(settings.buffer_bytes)
         engine = make_engine(
             settings.engine,
             EngineConfig(
@@ -268,7 +268,7 @@ class _DialError(Exception):
     """One attempt to reach the gateway failed."""
 
 
-def _open_sockets(buffer_bytes: int) -> list[UdpSocket]:
+def open_sockets(buffer_bytes: int) -> list[UdpSocket]:
     """A wildcard socket per address family: they follow route changes, as a roaming host needs."""
     sockets = []
     for host in ("0.0.0.0", "::"):  # noqa: S104  # a client's ephemeral port

@@ -29,9 +29,13 @@ class LoadedClientConfig:
 def load_client_config(flag: str | None, environ: Mapping[str, str]) -> LoadedClientConfig:
     """Find, read and validate the client's file. Raises ``ConfigError``."""
     path = Path(client_config_path(flag, environ, environ.get("HOME", "")))
-    config = parse_client_config(
-        _read(path, "configuration").decode("utf-8", "replace"), str(path), environ
-    )
+    if not path.exists():
+        raise ConfigError(
+            f"there is no configuration at {path}; write one (`toppy-gw init` makes an example, "
+            "client.toml), or name one with --config or TOPPY_CONFIG"
+        )
+    text = _read(path, "configuration").decode("utf-8", "replace")
+    config = parse_client_config(text, str(path), environ)
     warnings = []
     if config.token is not None and path.stat().st_mode & (stat.S_IRGRP | stat.S_IROTH):
         warnings.append(f"{path} has a token and can be read by others; run: chmod 600 {path}")
