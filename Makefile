@@ -55,7 +55,7 @@ layers: install ## Which module may import which
 
 rust-check: ## The binding's own tests and lints, where there is Rust
 	@if command -v cargo >/dev/null; then \
-	  cd toppy/quic/native && cargo fmt --check && cargo clippy --quiet --release -- -D warnings && cargo test --quiet --release; \
+	  cd toppy/quic/native && cargo fmt --check && cargo clippy --quiet --release --all-features --all-targets -- -D warnings && cargo test --quiet --release; \
 	else echo "rust-check: no cargo here, the native engine is not built or tested"; fi
 
 bench: install ## Measure: app -> client -> gateway -> target, both engines

@@ -257,12 +257,14 @@ class TestBadInput:
         pair.link.run_until(pair.server.payloads)
         packets = list(pair.link.packets)
         for _ in range(8):
-            _, to, packet = data.draw(st.sampled_from(packets))
+            # packets and their lengths differ from run to run, so what is drawn must not depend on
+            # them
+            _, to, packet = packets[data.draw(st.integers(0, 99)) % len(packets)]
             changed = bytearray(packet)
             for _ in range(data.draw(st.integers(0, 3))):
-                position = data.draw(st.integers(0, min(len(changed) - 1, 60)))
+                position = data.draw(st.integers(0, 60)) % len(changed)
                 changed[position] ^= 1 << data.draw(st.integers(0, 7))
-            cut = data.draw(st.integers(1, len(changed)))
+            cut = data.draw(st.integers(1, 1500))
             size = data.draw(st.sampled_from([0, 0, 1, 7, 100]))
             end = pair.server if to == SERVER else pair.client
             source = CLIENT if to == SERVER else SERVER

@@ -27,7 +27,13 @@ from toppy.quic.engine import (
     StreamReset,
     Transmit,
 )
-from toppy.quic.h3 import H3_EXCESSIVE_LOAD, H3_GENERAL_PROTOCOL_ERROR, Headers, Http3Session
+from toppy.quic.h3 import (
+    H3_EXCESSIVE_LOAD,
+    H3_GENERAL_PROTOCOL_ERROR,
+    H3_NO_ERROR,
+    Headers,
+    Http3Session,
+)
 
 H3_ALPN = "h3"
 PING_ALPN = "toppy-ping"
@@ -251,7 +257,11 @@ class Endpoint:
                         connection, happened.stream_id, happened.data, happened.stream_ended
                     )
                 )
-        if not isinstance(event, StreamDataReceived) and event.stream_id % 4 == 0:
+        if (
+            not isinstance(event, StreamDataReceived)
+            and event.stream_id % 4 == 0
+            and not self._is_early_answer(event)
+        ):
             self._events.append(StreamAborted(connection, event.stream_id, event.error_code))
         if session.closing is not None:
             error_code, reason = session.closing
@@ -260,6 +270,16 @@ class Endpoint:
         elif connection in self._awaiting_settings and session.has_settings:
             self._awaiting_settings.discard(connection)
             self._events.append(ConnectionOpened(connection, H3_ALPN))
+
+    def _is_early_answer(self, event: StreamReset | StopSendingReceived) -> bool:
+        """Whether the gateway only says that it needs no more of the request: its answer, which
+        may come behind, is complete and counts (RFC 9114 section 4.1).
+        """
+        return (
+            self._is_client
+            and isinstance(event, StopSendingReceived)
+            and event.error_code == H3_NO_ERROR
+        )
 
     def _receive_headers(
         self, session: Http3Session, connection: int, event: H3HeadersReceived

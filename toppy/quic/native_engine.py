@@ -47,9 +47,7 @@ class NativeEngine:
 
     name = "native"
 
-    def __init__(
-        self, config: EngineConfig, *, gate: Gate | None = None, now: float = 0.0
-    ) -> None:
+    def __init__(self, config: EngineConfig, *, gate: Gate | None = None, now: float = 0.0) -> None:
         def answer(source: Address, is_validated: bool) -> str:
             assert gate is not None
             return gate(source, is_validated).value

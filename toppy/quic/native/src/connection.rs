@@ -7,8 +7,8 @@ use std::time::Instant;
 use bytes::{Bytes, BytesMut};
 use quinn_proto::crypto::rustls::HandshakeData;
 use quinn_proto::{
-    ConnectionHandle, Dir, Event as QuicEvent, ReadError, SendDatagramError, StreamEvent, StreamId,
-    VarInt,
+    ConnectionHandle, ConnectionId, Dir, Event as QuicEvent, ReadError, SendDatagramError,
+    StreamEvent, StreamId, VarInt,
 };
 
 use crate::arrived::Arrived;
@@ -29,8 +29,12 @@ const MAX_CHUNK_BYTES: usize = 64 * 1024;
 const MAX_SEGMENTS: usize = 60;
 /// Bytes of one GSO send.
 const MAX_TRANSMIT_BYTES: usize = 65_000;
-/// Packets that datagrams and streams send by turns when both have something to send.
-const SHARED_PACKETS: usize = 4;
+/// What quinn-proto counts for each datagram that it holds, beside its content.
+const HELD_OVERHEAD_BYTES: usize = size_of::<quinn_proto::Datagram>();
+/// Transmits below this get memory of their own size.
+pub const SMALL_TRANSMIT_BYTES: usize = 4096;
+/// Datagrams that are handed on at once: three quarters of a transmit, the rest is for streams.
+const MAX_PORTION_BYTES: usize = 48_000;
 
 /// What the caller is told, in order per connection.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -88,6 +92,15 @@ pub struct QueueBounds {
     pub connection: usize,
 }
 
+/// A client of which nothing is known but its first packet.
+#[derive(Debug)]
+pub struct Unproved {
+    /// The UDP payload of its first packet.
+    pub first_bytes: usize,
+    /// The ID that it chose for us.
+    pub initial_id: ConnectionId,
+}
+
 /// A connection and what surrounds it. `number` is the caller's name for it.
 pub struct Connection {
     pub number: u64,
@@ -105,22 +118,22 @@ pub struct Connection {
     known: KnownStreams,
     writers: StreamWriters,
     queue: DatagramQueue,
+    unproved: Option<Unproved>,
     /// Datagrams that quinn-proto took, less those that it dropped and that were counted.
     handed_on: u64,
     mtu: u16,
     /// The MTU shrank: quinn-proto may have dropped datagrams that no longer fit.
     may_have_dropped: bool,
-    /// Streams were written to while datagrams wait: both share what may be sent.
-    is_contended: bool,
-    is_streams_turn: bool,
 }
 
 impl Connection {
+    /// `unproved` is there for a client whose address may be forged.
     pub fn new(
         number: u64,
         handle: ConnectionHandle,
         quic: quinn_proto::Connection,
         bounds: QueueBounds,
+        unproved: Option<Unproved>,
     ) -> Self {
         Self {
             number,
@@ -134,11 +147,10 @@ impl Connection {
             known: KnownStreams::new(quic.side()),
             writers: StreamWriters::default(),
             queue: DatagramQueue::new(bounds.tunnel, bounds.connection),
+            unproved,
             handed_on: 0,
             mtu: quic.current_mtu(),
             may_have_dropped: false,
-            is_contended: false,
-            is_streams_turn: false,
             quic,
         }
     }
@@ -146,6 +158,23 @@ impl Connection {
     /// Whether the caller was told that it is closed.
     pub fn is_closed(&self) -> bool {
         self.is_closed
+    }
+
+    /// Whether packets that came from the peer's address answer packets that went there.
+    pub fn has_proved_address(&self) -> bool {
+        self.unproved.is_none()
+    }
+
+    /// A long-header packet to `id` arrived. Who uses an ID of ours has seen a packet of ours, so
+    /// its address is not forged.
+    pub fn see_destination(&mut self, id: &ConnectionId) {
+        if self
+            .unproved
+            .as_ref()
+            .is_some_and(|it| it.initial_id != *id)
+        {
+            self.unproved = None;
+        }
     }
 
     /// Put everything that has happened into `outbox`, and hand on what streams have waiting.
@@ -213,7 +242,6 @@ impl Connection {
             return;
         }
         if let Some(id) = self.known.sendable(stream) {
-            self.is_contended = true;
             self.writers.write(&mut self.quic, id, data, is_ended);
         }
     }
@@ -308,23 +336,29 @@ impl Connection {
             if !self.is_closed {
                 self.writers.flush(&mut self.quic);
             }
-            let is_for_streams = self.prepare_datagrams(drops);
+            if !self.queue.is_empty() && self.is_buffer_empty() {
+                self.hand_on_datagrams(drops);
+            }
             let mtu = usize::from(self.quic.current_mtu()).max(1);
-            let most = if self.is_contended {
-                SHARED_PACKETS
-            } else {
-                (MAX_TRANSMIT_BYTES / mtu).clamp(1, MAX_SEGMENTS)
-            };
+            let mut most = (MAX_TRANSMIT_BYTES / mtu).clamp(1, MAX_SEGMENTS);
+            if let Some(budget) = self.unproved_budget() {
+                most = most.min(budget / mtu);
+                if most == 0 {
+                    break;
+                }
+            }
             let mut data = spare.pop().unwrap_or_default();
             data.clear();
             let Some(transmit) = self.quic.poll_transmit(now, most, &mut data) else {
                 spare.push(data);
-                if is_for_streams {
-                    continue;
-                }
                 break;
             };
             data.truncate(transmit.size);
+            if data.len() < SMALL_TRANSMIT_BYTES {
+                // quinn-proto made room for a whole batch: not for each of a thousand small answers
+                let small = data.as_slice().to_vec();
+                spare.push(std::mem::replace(&mut data, small));
+            }
             transmits.push(Transmit {
                 data,
                 segment_bytes: transmit.segment_size.unwrap_or(0),
@@ -332,9 +366,6 @@ impl Connection {
             });
         }
         self.count_dropped(drops);
-        if self.queue.is_empty() && self.is_buffer_empty() {
-            self.is_contended = false;
-        }
     }
 
     /// Where the peer is now.
@@ -360,6 +391,7 @@ impl Connection {
             .and_then(|data| data.protocol)
             .unwrap_or_default();
         self.is_ready = true;
+        self.unproved = None;
         self.carries_http = protocol == H3_ALPN;
         outbox.events.push_back(Event::HandshakeCompleted {
             connection: self.number,
@@ -466,42 +498,45 @@ impl Connection {
         }
     }
 
-    /// Hand datagrams on when quinn-proto has sent what it had. Returns whether it is the streams'
-    /// turn instead: quinn-proto itself sends datagrams first, whatever streams have waiting.
-    fn prepare_datagrams(&mut self, drops: &mut Drops) -> bool {
-        let mtu = self.quic.current_mtu();
-        self.may_have_dropped |= mtu < self.mtu;
-        self.mtu = mtu;
-        if self.queue.is_empty() || !self.is_buffer_empty() {
-            return false;
-        }
-        if self.is_contended && self.is_streams_turn {
-            self.is_streams_turn = false;
-            return true;
-        }
-        self.is_streams_turn = true;
-        let most = if self.is_contended {
-            SHARED_PACKETS * usize::from(mtu)
-        } else {
-            // no more than may be on its way: what waits here can still make room for newer ones
-            let window = self.quic.congestion_state().window();
-            usize::try_from(window).map_or(MAX_TRANSMIT_BYTES, |it| it.min(MAX_TRANSMIT_BYTES))
-        };
+    /// Give quinn-proto a portion of the datagrams that wait.
+    ///
+    /// quinn-proto sends datagrams before stream data, whatever streams have waiting. Because it
+    /// gets the next portion only when it has sent the last, streams can use what one transmit, or
+    /// the congestion window, has left then. And what waits here can still make room for newer ones.
+    fn hand_on_datagrams(&mut self, drops: &mut Drops) {
+        let window = self.quic.congestion_state().window() / 2;
+        let portion =
+            usize::try_from(window).map_or(MAX_PORTION_BYTES, |it| it.min(MAX_PORTION_BYTES));
         let mut bytes = 0;
-        while bytes < most {
+        while bytes < portion {
             let Some(frame) = self.queue.pop() else { break };
-            bytes += frame.len().max(1);
+            let cost = frame.len() + HELD_OVERHEAD_BYTES;
             match self.quic.datagrams().send(frame, false) {
-                Ok(()) => self.handed_on += 1,
+                Ok(()) => {
+                    self.handed_on += 1;
+                    bytes += cost;
+                }
                 Err(SendDatagramError::Blocked(_)) => drops.add(DropReason::QueueFull, 1),
                 Err(_) => drops.add(DropReason::TooLarge, 1),
             }
         }
-        false
+    }
+
+    /// What may still be sent to an address that may be forged: three times what came from there
+    /// (RFC 9000 section 8.1). quinn-proto itself goes beyond it by a part of a packet.
+    fn unproved_budget(&self) -> Option<usize> {
+        let unproved = self.unproved.as_ref()?;
+        let stats = self.quic.stats();
+        let received = unproved.first_bytes as u64 + stats.udp_rx.bytes;
+        let allowed = received.saturating_mul(3);
+        usize::try_from(allowed.saturating_sub(stats.udp_tx.bytes)).ok()
     }
 
     /// Datagrams that quinn-proto dropped by itself, because a smaller MTU left them no room.
     fn count_dropped(&mut self, drops: &mut Drops) {
+        let mtu = self.quic.current_mtu();
+        self.may_have_dropped |= mtu < self.mtu;
+        self.mtu = mtu;
         if self.may_have_dropped && self.is_buffer_empty() {
             self.may_have_dropped = false;
             let dropped = self.forget_held();
@@ -518,8 +553,7 @@ impl Connection {
     }
 
     fn is_buffer_empty(&mut self) -> bool {
-        let overhead = size_of::<quinn_proto::Datagram>();
-        self.quic.datagrams().send_buffer_space() == DATAGRAM_BUFFER_BYTES - overhead
+        self.quic.datagrams().send_buffer_space() == DATAGRAM_BUFFER_BYTES - HELD_OVERHEAD_BYTES
     }
 }
 

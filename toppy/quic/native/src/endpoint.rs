@@ -8,12 +8,16 @@ use std::time::{Duration, Instant};
 
 use bytes::BytesMut;
 use quinn_proto::{
-    ClientConfig, ConnectionHandle, DatagramEvent, Dir, EndpointEvent, Incoming, VarInt,
+    ClientConfig, ConnectionHandle, ConnectionId, DatagramEvent, Dir, EndpointEvent, Incoming,
+    VarInt,
 };
 
 use crate::arrived::Group;
 use crate::clock::Clock;
-use crate::connection::{Connection, Event, Outbox, QueueBounds, Transmit};
+use crate::connection::{
+    Connection, Event, Outbox, QueueBounds, SMALL_TRANSMIT_BYTES, Transmit, Unproved,
+};
+use crate::connection_id::MAX_CONNECTION_ID_BYTES;
 use crate::drops::DropReason;
 use crate::ending::Ending;
 use crate::settings::Settings;
@@ -44,7 +48,8 @@ pub struct Endpoint {
     connections: Vec<Option<Box<Connection>>>,
     handles: HashMap<u64, ConnectionHandle>,
     next_number: u64,
-    attempts: VecDeque<Incoming>,
+    /// Each with the length of its first packet.
+    attempts: VecDeque<(Incoming, usize)>,
     outbox: Outbox,
     answers: VecDeque<Transmit>,
     dirty: Vec<ConnectionHandle>,
@@ -101,7 +106,7 @@ impl Endpoint {
             .quic
             .connect(now, config, address, server_name)
             .map_err(|error| error.to_string())?;
-        Ok(self.add(handle, quic))
+        Ok(self.add(handle, quic, None))
     }
 
     /// Take UDP payloads, `segment_bytes` long each, the last may be shorter; 0 means one.
@@ -121,16 +126,22 @@ impl Endpoint {
             };
             let data = buffer.split_to(length);
             answer.clear();
+            let destination = long_header_destination(&data);
             match self.quic.handle(now, source, None, None, data, &mut answer) {
                 Some(DatagramEvent::ConnectionEvent(handle, event)) => {
                     if let Some(Some(connection)) = self.connections.get_mut(handle.0) {
                         if self.touched.last() != Some(&handle) {
                             self.touched.push(handle);
                         }
+                        if let Some(id) = destination {
+                            connection.see_destination(&id);
+                        }
                         guarded(connection, |it| it.quic.handle_event(event));
                     }
                 }
-                Some(DatagramEvent::NewConnection(incoming)) => self.attempts.push_back(incoming),
+                Some(DatagramEvent::NewConnection(incoming)) => {
+                    self.attempts.push_back((incoming, length));
+                }
                 Some(DatagramEvent::Response(transmit)) => self.answer(&transmit, &answer),
                 None => {}
             }
@@ -144,7 +155,7 @@ impl Endpoint {
 
     /// The connection attempt to decide on next: (source, whether a Retry token proved it).
     pub fn next_attempt(&self) -> Option<(SocketAddr, bool)> {
-        let incoming = self.attempts.front()?;
+        let (incoming, _) = self.attempts.front()?;
         Some((
             incoming.remote_address(),
             incoming.remote_address_validated(),
@@ -153,7 +164,7 @@ impl Endpoint {
 
     /// Decide on the attempt that `next_attempt` showed.
     pub fn decide(&mut self, admission: Admission) {
-        let Some(incoming) = self.attempts.pop_front() else {
+        let Some((incoming, length)) = self.attempts.pop_front() else {
             return;
         };
         // a token does not carry the zone of a link-local address, so it would never be valid
@@ -162,9 +173,9 @@ impl Endpoint {
         match admission {
             Admission::Retry if may_retry => match self.quic.retry(incoming, &mut answer) {
                 Ok(transmit) => self.answer(&transmit, &answer),
-                Err(error) => self.accept(error.into_incoming()),
+                Err(error) => self.accept(error.into_incoming(), length),
             },
-            Admission::Accept | Admission::Retry => self.accept(incoming),
+            Admission::Accept | Admission::Retry => self.accept(incoming, length),
             Admission::Refuse => {
                 let transmit = self.quic.refuse(incoming, &mut answer);
                 self.answer(&transmit, &answer);
@@ -236,7 +247,7 @@ impl Endpoint {
 
     /// A transmit was sent: its buffer may be used again.
     pub fn recycle(&mut self, buffer: Vec<u8>) {
-        if self.spare.len() < MAX_SPARE_BUFFERS {
+        if buffer.capacity() >= SMALL_TRANSMIT_BYTES && self.spare.len() < MAX_SPARE_BUFFERS {
             self.spare.push(buffer);
         }
     }
@@ -334,12 +345,17 @@ impl Endpoint {
         self.find(connection).map_or(0.0, Connection::round_trip_s)
     }
 
-    fn add(&mut self, handle: ConnectionHandle, quic: quinn_proto::Connection) -> u64 {
+    fn add(
+        &mut self,
+        handle: ConnectionHandle,
+        quic: quinn_proto::Connection,
+        unproved: Option<Unproved>,
+    ) -> u64 {
         let number = self.take_number();
         if self.connections.len() <= handle.0 {
             self.connections.resize_with(handle.0 + 1, || None);
         }
-        let connection = Connection::new(number, handle, quic, self.bounds);
+        let connection = Connection::new(number, handle, quic, self.bounds, unproved);
         self.connections[handle.0] = Some(Box::new(connection));
         self.handles.insert(number, handle);
         self.mark_dirty(handle);
@@ -352,21 +368,28 @@ impl Endpoint {
         number
     }
 
-    fn accept(&mut self, incoming: Incoming) {
+    fn accept(&mut self, incoming: Incoming, length: usize) {
         let source = incoming.remote_address();
+        let unproved = (!incoming.remote_address_validated()).then(|| Unproved {
+            first_bytes: length,
+            initial_id: *incoming.orig_dst_cid(),
+        });
+        let now = self.clock.now();
         let mut answer = Vec::new();
-        match self
-            .quic
-            .accept(incoming, self.clock.now(), &mut answer, None)
-        {
-            Ok((handle, quic)) => {
-                let connection = self.add(handle, quic);
+        let accepted = catch_unwind(AssertUnwindSafe(|| {
+            self.quic
+                .accept(incoming, now, &mut answer, None)
+                .map_err(Box::new)
+        }));
+        match accepted {
+            Ok(Ok((handle, quic))) => {
+                let connection = self.add(handle, quic, unproved);
                 self.outbox
                     .events
                     .push_back(Event::Accepted { connection, source });
                 self.process(handle);
             }
-            Err(error) => {
+            Ok(Err(error)) => {
                 // no answer means that the packet is not authentic: anybody can send such
                 if let Some(transmit) = error.response {
                     self.answer(&transmit, &answer);
@@ -380,6 +403,8 @@ impl Endpoint {
                         .push_back(Event::Closed { connection, ending });
                 }
             }
+            // see `guarded`
+            Err(_) => {}
         }
     }
 
@@ -488,6 +513,22 @@ fn guarded(connection: &mut Connection, action: impl FnOnce(&mut Connection)) {
     }
 }
 
+/// The destination connection ID of a long-header packet (RFC 8999 section 5.1).
+fn long_header_destination(data: &[u8]) -> Option<ConnectionId> {
+    if data.first()? & 0x80 == 0 {
+        return None;
+    }
+    let length = usize::from(*data.get(5)?);
+    if length > MAX_CONNECTION_ID_BYTES {
+        return None;
+    }
+    data.get(6..6 + length).map(ConnectionId::new)
+}
+
 fn has_zone(address: &SocketAddr) -> bool {
     matches!(address, SocketAddr::V6(v6) if v6.scope_id() != 0)
 }
+
+#[cfg(test)]
+#[path = "endpoint_tests.rs"]
+mod tests;
