@@ -142,9 +142,7 @@ class TestJwt:
         payload = {"sub": "eve", "exp": NOW + 60}
         for secret in (None, SECRET.encode()):
             with pytest.raises(AuthenticationError):
-                JwtVerifier(secret=SECRET).verify(
-                    forge({"alg": algorithm}, payload, secret), NOW
-                )
+                JwtVerifier(secret=SECRET).verify(forge({"alg": algorithm}, payload, secret), NOW)
 
     def test_a_wrong_signature_is_refused(self) -> None:
         with pytest.raises(AuthenticationError, match="signature"):

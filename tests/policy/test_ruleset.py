@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 from typing import Any
 
 import pytest
@@ -84,9 +85,7 @@ class TestRules:
             ({"host": "db.example"}, False),
         ],
     )
-    def test_every_given_criterion_must_match(
-        self, rule: dict[str, Any], is_allowed: bool
-    ) -> None:
+    def test_every_given_criterion_must_match(self, rule: dict[str, Any], is_allowed: bool) -> None:
         assert decide(rules(rule), PUBLIC).is_allowed is is_allowed
 
     @pytest.mark.parametrize(
@@ -137,7 +136,9 @@ SPECIAL = [
     *("100::1", "::ffff:10.0.0.1", "::ffff:127.0.0.1", "::10.0.0.1", "64:ff9b::a00:1"),
     *("64:ff9b::7f00:1", "64:ff9b:1::a00:1", "2002:a00:1::1", "2002:7f00:1::"),
     *("::ffff:0:127.0.0.1", "2001:0:0:0:0:0:f5ff:fffe", "fe80::5efe:10.0.0.1"),
-    *("2606:4700::5efe:a00:1", "168.63.129.16"),
+    *("2606:4700::5efe:a00:1", "168.63.129.16", "fe80::5efe:8.8.8.8", "ff0e::200:5efe:8.8.8.8"),
+    *("fd12::5efe:8.8.8.8", "200::1", "4000::1", "a000::1", "::2", "::8.8.8.8", "100:0:0:1::1"),
+    *("64:ff9b:1::808:808", "64:ff9b:1:8:8:800::", "fe80::a9fe:a9fe", "fd00:42::42"),
 ]
 
 
@@ -171,7 +172,23 @@ class TestSpecialAddresses:
             ("10.0.0.0/8", "::ffff:10.0.0.1", True),
             ("::ffff:10.0.0.0/104", "::ffff:10.0.0.1", True),
             ("::/0", "::ffff:10.0.0.1", False),
-            ("64:ff9b::/96", "64:ff9b::a00:1", True),
+            ("64:ff9b::/96", "64:ff9b::a00:1", False),
+            ("64:ff9b::a00:0/104", "64:ff9b::a00:1", True),
+            ("64:ff9b::a00:0/104", "64:ff9b::a9fe:a9fe", False),
+            ("::ffff:0:0/96", "127.0.0.1", False),
+            ("::ffff:10.0.0.0/104", "10.0.0.1", True),
+            ("2002::/16", "2002:a00:1::1", False),
+            ("2002:a00:1::/48", "2002:a00:1::1", True),
+            ("2001::/32", "2001:0:808:808:0:0:f5ff:fffe", False),
+            ("2001::f5ff:fffe", "2001::f5ff:fffe", True),
+            ("64:ff9b:1::/96", "64:ff9b:1::808:808", True),
+            ("64:ff9b:1::/96", "64:ff9b:1::a9fe:a9fe", False),
+            ("64:ff9b:1::/48", "64:ff9b:1:8:8:800::", False),
+            ("64:ff9b:1:8:8:800::", "64:ff9b:1:8:8:800::", True),
+            ("8.8.8.8", "fe80::5efe:808:808", False),
+            ("fe80::/10", "fe80::5efe:808:808", True),
+            ("fe80::/10", "fe80::a9fe:a9fe", False),
+            ("200::/7", "201::1", True),
             ("fd00::/8", "fd00:1::1", True),
             ("fd00::/8", "fd00:ec2::254", False),
             ("::1", "::1", True),
@@ -240,3 +257,170 @@ class TestSpecialAddresses:
     ) -> None:
         ruleset = rules({"action": "deny", "ports": [1]}, guards_special=guards)
         assert not decide(ruleset, str(address)).is_allowed
+
+
+class TestNames:
+    @pytest.mark.parametrize("host", ["8.8.8.8", "2001:db8::8.8"])
+    def test_a_pattern_of_names_matches_no_address(self, host: str) -> None:
+        assert not rules({"host": "*.8.8"}).may_resolve(ALICE, Target(host, 53)).is_allowed
+
+    @pytest.mark.parametrize(
+        ("tables", "is_allowed"),
+        [
+            ([], False),
+            ([{"host": "db.example"}], True),
+            ([{"host": "other.example"}], False),
+            ([{"cidr": "10.0.0.0/8"}], None),
+            ([{"cidr": "10.0.0.0/8"}, {"host": "db.example"}], True),
+            ([{"action": "deny", "cidr": "10.0.0.0/8"}, {"host": "db.example"}], None),
+            ([{"action": "deny", "cidr": "10.0.0.0/8"}], False),
+            ([{"action": "deny", "host": "*"}, {"cidr": "10.0.0.0/8"}], False),
+            ([{"host": "db.example", "cidr": "10.0.0.0/8"}], None),
+            ([{"host": "other.example", "cidr": "10.0.0.0/8"}], False),
+        ],
+    )
+    def test_a_client_decides_by_name_what_no_address_can_change(
+        self, tables: list[dict[str, Any]], is_allowed: bool | None
+    ) -> None:
+        decision = rules(*tables, guards_special=False).decide_name(ALICE, Target("db.example", 53))
+        assert (decision.is_allowed if decision is not None else None) is is_allowed
+
+    def test_a_gateway_never_allows_by_name_alone(self) -> None:
+        assert rules({"host": "*"}).decide_name(ALICE, Target("db.example", 53)) is None
+
+    def test_a_name_without_an_address_is_denied(self) -> None:
+        decision = rules({}).decide(ALICE, Target("db.example", 53), ())
+        assert not decision.is_allowed
+        assert "db.example:53 is not allowed: it has no address" in decision.reason
+
+    def test_the_refusal_that_tells_most_is_given(self) -> None:
+        ruleset = rules({"cidr": "10.0.0.0/7", "ports": [53]})
+        decision = decide(ruleset, "db.example", addresses=("8.8.8.8", "10.0.0.1", "9.9.9.9"))
+        assert decision.category == "private"
+        assert "10.0.0.1" in decision.reason
+        assert "db.example:53 is not allowed" in decision.reason
+
+
+class TestSubjects:
+    @given(
+        st.text("ab*", max_size=8),
+        st.text("ab", max_size=10),
+    )
+    def test_a_pattern_matches_like_the_regular_expression(self, pattern: str, text: str) -> None:
+        wanted = re.fullmatch(pattern.replace("*", ".*"), text) is not None
+        found = decide(rules({"subjects": pattern}), PUBLIC, who=Identity(text, "jwt"))
+        assert found.is_allowed is wanted
+
+    def test_no_subject_makes_a_pattern_slow(self) -> None:
+        # a backtracking matcher would need about 10^19 steps
+        who = Identity("a" * 8000, "jwt")
+        assert not decide(rules({"subjects": "*a*a*a*a*b"}), PUBLIC, who=who).is_allowed
+
+
+networks = st.one_of(
+    st.builds(
+        lambda a, n: ipaddress.ip_network((int(a), n), strict=False),
+        st.ip_addresses(v=4),
+        st.integers(0, 32),
+    ),
+    st.builds(
+        lambda a, n: ipaddress.ip_network((a, n), strict=False),
+        st.ip_addresses(v=6),
+        st.integers(0, 128),
+    ),
+    st.sampled_from(["10.0.0.0/8", "127.0.0.0/8", "0.0.0.0/0", "::/0", "64:ff9b::/96"]).map(
+        ipaddress.ip_network
+    ),
+)
+tables = st.fixed_dictionaries(
+    {"action": st.sampled_from(["allow", "deny"])},
+    optional={
+        "cidr": st.lists(networks.map(str), min_size=1, max_size=3),
+        "host": st.sampled_from(["*", "*.example", "db.example"]),
+        "ports": st.sampled_from([[53], ["1-100"], [443]]),
+        "subjects": st.sampled_from(["alice", "bob", "a*"]),
+        "protocol": st.sampled_from(["udp", "tcp"]),
+    },
+)
+rule_lists = st.lists(tables, max_size=5)
+answers = st.lists(
+    st.one_of(st.ip_addresses(), st.sampled_from(["10.0.0.1", "127.0.0.1", "64:ff9b::a00:1"])).map(
+        str
+    ),
+    max_size=4,
+)
+hosts = st.sampled_from(["db.example", "a.b.example", "other.test"])
+
+
+class TestProperties:
+    @given(rule_lists, hosts, answers)
+    def test_only_given_addresses_are_allowed_and_their_order_is_kept(
+        self, given_rules: list[dict[str, Any]], host: str, addresses: list[str]
+    ) -> None:
+        decision = rules(*given_rules).decide(ALICE, Target(host, 53), addresses)
+        assert decision.is_allowed is bool(decision.addresses)
+        rest = iter(addresses)
+        assert all(address in rest for address in decision.addresses)
+        if not decision.is_allowed:
+            assert f"{host}:53 is not allowed" in decision.reason
+        else:
+            named = [f"rule {n}" for n, r in enumerate(given_rules, 1) if r["action"] == "allow"]
+            assert decision.rule in named
+
+    @given(rule_lists, hosts, answers)
+    def test_what_may_not_be_resolved_would_be_denied_whatever_it_resolved_to(
+        self, given_rules: list[dict[str, Any]], host: str, addresses: list[str]
+    ) -> None:
+        for guards in (True, False):
+            ruleset = rules(*given_rules, guards_special=guards)
+            if not ruleset.may_resolve(ALICE, Target(host, 53)).is_allowed:
+                assert not ruleset.decide(ALICE, Target(host, 53), addresses).is_allowed
+
+    @given(rule_lists, hosts, answers.filter(bool))
+    def test_a_decision_by_name_is_the_decision_for_every_address(
+        self, given_rules: list[dict[str, Any]], host: str, addresses: list[str]
+    ) -> None:
+        for guards in (True, False):
+            ruleset = rules(*given_rules, guards_special=guards)
+            by_name = ruleset.decide_name(ALICE, Target(host, 53))
+            if by_name is not None:
+                decision = ruleset.decide(ALICE, Target(host, 53), addresses)
+                assert decision.is_allowed is by_name.is_allowed
+                assert len(decision.addresses) == (len(addresses) if by_name.is_allowed else 0)
+
+    @given(rule_lists, hosts, answers)
+    def test_a_deny_of_everything_in_front_leaves_nothing(
+        self, given_rules: list[dict[str, Any]], host: str, addresses: list[str]
+    ) -> None:
+        ruleset = rules({"action": "deny"}, *given_rules)
+        assert not ruleset.decide(ALICE, Target(host, 53), addresses).is_allowed
+
+    @given(rule_lists, hosts, answers)
+    def test_guarding_special_addresses_never_allows_more(
+        self, given_rules: list[dict[str, Any]], host: str, addresses: list[str]
+    ) -> None:
+        guarded = rules(*given_rules).decide(ALICE, Target(host, 53), addresses)
+        trusting = rules(*given_rules, guards_special=False).decide(
+            ALICE, Target(host, 53), addresses
+        )
+        assert set(guarded.addresses) <= set(trusting.addresses)
+
+    @given(rule_lists, hosts, answers)
+    def test_a_special_address_is_allowed_only_by_a_network_inside_its_range(
+        self, given_rules: list[dict[str, Any]], host: str, addresses: list[str]
+    ) -> None:
+        allowed = rules(*given_rules).decide(ALICE, Target(host, 53), addresses).addresses
+        written = [
+            ipaddress.ip_network(text)
+            for rule in given_rules
+            if rule["action"] == "allow"
+            for text in rule.get("cidr", ())
+        ]
+        networks_meant = [n for n in written if n.prefixlen]
+        for text in allowed:
+            found = special(ipaddress.ip_address(text))
+            if found is not None:
+                assert any(
+                    n.prefixlen >= found.network.prefixlen or n.version != found.network.version
+                    for n in networks_meant
+                )

@@ -47,7 +47,7 @@ def test_an_unknown_capsule_of_any_length_is_skipped_without_being_kept() -> Non
 @pytest.mark.parametrize("cut", [1, 2, 3, 6])
 def test_an_end_inside_a_capsule_is_an_error(cut: int) -> None:
     parser = CapsuleParser(1000)
-    parser.receive(encode_capsule(0x40, b"")[:0] + encode_capsule(DATAGRAM, b"x" * 300)[:cut])
+    parser.receive(encode_capsule(DATAGRAM, b"x" * 300)[:cut])
     with pytest.raises(PeerError):
         parser.receive_end()
 
@@ -67,3 +67,34 @@ def test_garbage_is_taken_or_refused_with_the_documented_error(chunks: list[byte
         parser.receive_end()
     except PeerError:
         pass
+
+
+def test_after_a_refusal_nothing_more_is_taken() -> None:
+    parser = CapsuleParser(100)
+    for _ in range(3):
+        with pytest.raises(DatagramError, match="101 bytes"):
+            parser.receive(encode_varint(DATAGRAM) + encode_varint(101) + bytes(101))
+
+
+@pytest.mark.parametrize("chunk", [1, 1000, 65_536, 200_000])
+def test_large_capsules_arrive_whole_in_any_chunks(chunk: int) -> None:
+    values = [bytes([n]) * 65_535 for n in range(2)]
+    stream = b"".join(encode_capsule(DATAGRAM, value) for value in values)
+    parser = CapsuleParser(65_535)
+    received = []
+    for start in range(0, len(stream), chunk):
+        received += parser.receive(stream[start : start + chunk])
+    assert [capsule.value for capsule in received] == values
+
+
+def test_a_length_in_a_longer_encoding_is_the_same_length() -> None:
+    parser = CapsuleParser(100)
+    data = b"\x40\x00" + b"\xc0" + bytes(6) + b"\x02" + b"ab"
+    assert parser.receive(data) == [Capsule(DATAGRAM, b"ab")]
+
+
+def test_other_types_are_known_when_asked_for() -> None:
+    parser = CapsuleParser(100, known_types=frozenset({UNKNOWN}))
+    stream = encode_capsule(DATAGRAM, b"a") + encode_capsule(UNKNOWN, b"b")
+    assert parser.receive(stream) == [Capsule(UNKNOWN, b"b")]
+    assert parser.skipped == 1

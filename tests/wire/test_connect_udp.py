@@ -17,6 +17,7 @@ from toppy.wire.connect_udp import (
     RequestError,
     expand_template,
     host_of,
+    parse_host,
     parse_request_path,
     request_headers,
     response_headers,
@@ -104,7 +105,9 @@ def test_a_host_that_could_be_read_in_two_ways_is_refused(host: str) -> None:
     assert refused.value.status == 400
 
 
-@pytest.mark.parametrize("port", ["0", "65536", "-1", "+53", "5 3", "", "0x35", "53a", "1" * 9, "٥"])
+@pytest.mark.parametrize(
+    "port", ["0", "00053", "053", "65536", "-1", "+53", "5 3", "", "0x35", "53a", "1" * 9, "٥"]
+)
 def test_a_port_out_of_range_or_not_digits_is_refused(port: str) -> None:
     with pytest.raises(RequestError):
         parse("192.0.2.1", port)
@@ -147,7 +150,14 @@ def test_a_good_request_is_read() -> None:
         ({"_scheme": "http"}, 400),
         ({"_authority": ""}, 400),
         ({"_authority": None}, 400),
-        ({"_path": None}, 404),
+        ({"_path": None}, 400),
+        ({"_path": ""}, 400),
+        ({"_path": "gw/1"}, 400),
+        ({"_path": "/"}, 404),
+        ({"_authority": "user@gw.example"}, 400),
+        ({"_authority": "gw.example/x"}, 400),
+        ({"content-type": "text/plain"}, 400),
+        ({"transfer-encoding": "chunked"}, 400),
         ({"content-length": "0"}, 400),
     ],
 )
@@ -157,6 +167,13 @@ def test_a_request_that_is_not_connect_udp_is_refused(
     with pytest.raises(RequestError) as refused:
         validate_request(good_headers(**changes))
     assert refused.value.status == status
+
+
+def test_without_a_token_no_authorization_is_sent_or_read() -> None:
+    headers = request_headers("gw.example", f"{UDP}192.0.2.1/53/", None)
+    assert b"authorization" not in dict(headers)
+    assert dict(headers)[b"capsule-protocol"] == b"?1"
+    assert validate_request(headers).authorization is None
 
 
 def test_two_authorizations_are_refused() -> None:
@@ -217,6 +234,15 @@ def test_what_our_client_asks_for_is_what_our_gateway_reads(target: Target, path
         ),
         ("https://p.example/{target_host},{target_port}", "/%3A%3A1,53"),
         ("https://p.example/m/{target_host}/{target_port}/", "/m/%3A%3A1/53/"),
+        ("https://p.example/{target_host,target_port}", "/%3A%3A1,53"),
+        (
+            "https://p.example/m?a=1{&target_host,target_port}",
+            "/m?a=1&target_host=%3A%3A1&target_port=53",
+        ),
+        (
+            "https://p.example/{tenant}{?target_host,ecn,target_port}{&x.y}",
+            "/?target_host=%3A%3A1&target_port=53",
+        ),
     ],
 )
 def test_templates_of_other_proxies_expand(template: str, path: str) -> None:
@@ -229,10 +255,23 @@ def test_templates_of_other_proxies_expand(template: str, path: str) -> None:
     [
         "http://p.example/{target_host}/{target_port}/",
         "https://p.example/{target_host}/",
-        "https://p.example/{target_host}/{target_port}/{other}",
         "https://{target_host}/{target_port}/",
         "https://p.example",
         "https://p.example/{target_host}/{target_port}/{+path}",
+        "https://p.example/{/target_host}/{;target_port}/",
+        "https://p.example/{target_host*}/{target_port}/",
+        "https://p.example/{target_host:3}/{target_port}/",
+        "https://p.example/{target_host}/{target_port}/#x",
+        "https://p.example/{#target_host}/{target_port}/",
+        "https://p.example/{target_host}/{target_port}/}",
+        "https://p.example/{target_host}/{target_port}/{",
+        "https://p.example/{target_host}/{target_port}/{}",
+        "https://p.example/{target_host} /{target_port}/",
+        "https://p.example/{target_host}/{target_port}/\n",
+        "https://user@p.example/{target_host}/{target_port}/",
+        "https://p .example/{target_host}/{target_port}/",
+        "https:///{target_host}/{target_port}/",
+        "https://p.example?h={target_host}&p={target_port}",
         "https://p.example/{target_host}/{target_host}/{target_port}/",
         "https://bücher.example/{target_host}/{target_port}/",
     ],
@@ -253,10 +292,51 @@ def test_a_refusal_says_why_and_asks_for_a_token() -> None:
     assert b"capsule-protocol" not in headers
 
 
-@pytest.mark.parametrize("token", ["a\r\nx: y", "a\nb", "ü", "a\x00"])
+@pytest.mark.parametrize("token", ["a\r\nx: y", "a\nb", "ü", "a\x00", "", " "])
 def test_a_token_cannot_break_out_of_its_field(token: str) -> None:
-    with pytest.raises(ConfigError):
+    with pytest.raises(ConfigError, match="the token must be") as refused:
         request_headers("gw", quote("/"), token)
+    assert not token.strip() or token not in str(refused.value)
+
+
+@pytest.mark.parametrize(("authority", "path"), [("gw\r\nx", "/"), ("", "/"), ("gw", "/\na")])
+def test_a_request_cannot_be_split(authority: str, path: str) -> None:
+    with pytest.raises(ConfigError):
+        request_headers(authority, path, None)
+
+
+def test_an_answer_cannot_be_split() -> None:
+    with pytest.raises(ConfigError):
+        response_headers(403, proxy_status="gw\r\nset-cookie: x")
+
+
+@pytest.mark.parametrize("host", ["\u212aelvin.example", "ｅxample", "a\u3002b", "١٢٧.0.0.1"])
+def test_a_letter_that_only_looks_like_ascii_makes_no_name(host: str) -> None:
+    with pytest.raises(RequestError, match="ASCII"):
+        parse_host(host)
+
+
+@given(st.text(max_size=80))
+def test_any_text_is_a_host_or_refused_and_a_host_stays_itself(text: str) -> None:
+    try:
+        host = parse_host(text)
+    except RequestError as error:
+        assert error.status == 400
+        return
+    assert parse_host(host) == host
+
+
+@given(st.text(alphabet="https:/p{}?&,#_.target_hosport% \n", max_size=60))
+def test_any_template_is_accepted_or_refused(tail: str) -> None:
+    template = "https://p.example/{target_host}/{target_port}/" + tail
+    try:
+        validate_template(template)
+    except ConfigError:
+        return
+    authority, path = expand_template(template, Target("::1", 53))
+    assert authority == "p.example"
+    assert path.startswith("/%3A%3A1/53/")
+    assert not set(path) & set("{}# \n")
 
 
 @pytest.mark.parametrize(

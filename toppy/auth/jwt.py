@@ -8,10 +8,9 @@ algorithms that are taken follow from the kind of key: a public key is never an 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jwt
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -24,14 +23,28 @@ from cryptography.hazmat.primitives.serialization import load_pem_public_key
 from toppy.errors import ConfigError, DeniedError
 from toppy.model.identity import ClaimValue, Identity
 
+if TYPE_CHECKING:
+    from jwt.types import Options
+
 _HMAC = ("HS256", "HS384", "HS512")
-_BY_KEY: tuple[tuple[type, tuple[str, ...]], ...] = (
-    (RSAPublicKey, ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512")),
-    (EllipticCurvePublicKey, ("ES256", "ES384", "ES512")),
-    (Ed25519PublicKey, ("EdDSA",)),
-    (Ed448PublicKey, ("EdDSA",)),
-)
+_RSA = ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512")
+_BY_CURVE = {"secp256r1": "ES256", "secp384r1": "ES384", "secp521r1": "ES512"}  # RFC 7518 3.4
 _MIN_SECRET_BYTES = 16
+_MIN_RSA_BITS = 2048
+"""RFC 7518 section 3.3."""
+_HMAC_BLOCK_BYTES = 64
+_MAX_SUBJECT_CHARACTERS = 256
+_RESERVED_SUBJECTS = frozenset({"token", "anonymous", "jwt"})
+"""What rules call the static token, nobody in particular, and a token without a subject."""
+_SIGNATURE_ONLY: Options = {
+    "verify_exp": False,
+    "verify_nbf": False,
+    "verify_iat": False,
+    "verify_aud": False,
+    "verify_iss": False,
+    "verify_sub": False,
+    "verify_jti": False,
+}
 
 
 class AuthenticationError(DeniedError):
@@ -65,17 +78,7 @@ class JwtVerifier:
         """
         keys: list[_Key] = []
         if secret is not None:
-            if len(secret.encode()) < _MIN_SECRET_BYTES:
-                raise ConfigError(
-                    f"auth.jwt.secret is too short: at least {_MIN_SECRET_BYTES} bytes",
-                    key="auth.jwt.secret",
-                )
-            if "-----BEGIN" in secret:
-                raise ConfigError(
-                    "auth.jwt.secret is a PEM key: use auth.jwt.public_key_file for public keys",
-                    key="auth.jwt.secret",
-                )
-            keys.append(_Key(secret, ("HS256",) if not algorithms else _HMAC))
+            keys.append(_Key(_hmac_key(secret), _HMAC if algorithms else ("HS256",)))
         if public_key_pem is not None:
             keys.append(_load_public_key(public_key_pem))
         if jwks is not None:
@@ -116,23 +119,17 @@ class JwtVerifier:
         if self._issuer is not None and claims.get("iss") != self._issuer:
             raise AuthenticationError("the token is of another issuer (iss)")
         self._check_audience(claims)
-        subject = claims.get("sub", "")
-        if not isinstance(subject, str):
-            raise AuthenticationError("the token's subject (sub) is no text")
-        scalars: dict[str, ClaimValue] = {
-            name: value
-            for name, value in claims.items()
-            if isinstance(value, str | int | float | bool)
-        }
-        return Identity(subject or "jwt", "jwt", scalars), expires_at
+        return Identity(_subject(claims), "jwt", _scalars(claims)), expires_at
 
     def _verify_signature(self, token: str) -> Mapping[str, Any]:
         try:
             header = jwt.get_unverified_header(token)
-        except jwt.InvalidTokenError:
+        except (jwt.PyJWTError, ValueError, RecursionError):
             raise AuthenticationError("the token is no JWT") from None
+        if "crit" in header:  # RFC 7515 section 4.1.11; there is none that we know
+            raise AuthenticationError("the token asks for an extension that is not known (crit)")
         algorithm, key_id = header.get("alg"), header.get("kid")
-        reason = f"the token's algorithm ({str(algorithm)[:20]}) is not allowed"
+        reason = f"the token's algorithm ({str(algorithm)[:20]!a}) is not allowed"
         for key in self._keys:
             if algorithm not in key.algorithms:
                 continue
@@ -141,22 +138,11 @@ class JwtVerifier:
                 continue
             try:
                 claims: Mapping[str, Any] = jwt.decode(
-                    token,
-                    key.key,
-                    algorithms=list(key.algorithms),
-                    options={
-                        "verify_exp": False,
-                        "verify_nbf": False,
-                        "verify_iat": False,
-                        "verify_aud": False,
-                        "verify_iss": False,
-                        "verify_sub": False,
-                        "verify_jti": False,
-                    },
+                    token, key.key, algorithms=list(key.algorithms), options=_SIGNATURE_ONLY
                 )
             except jwt.InvalidSignatureError:
                 reason = "the token's signature is wrong"
-            except (jwt.InvalidTokenError, ValueError, RecursionError):
+            except (jwt.PyJWTError, ValueError, RecursionError):
                 reason = "the token cannot be read"
             else:
                 return claims
@@ -175,9 +161,55 @@ def _time_claim(claims: Mapping[str, Any], name: str) -> float | None:
     value = claims.get(name)
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not _is_moderate(value):
         raise AuthenticationError(f"the token's {name} is no time")
     return float(value)
+
+
+def _is_moderate(value: float) -> bool:
+    """Not infinite, not a NaN, and no integer too large for arithmetic with floats."""
+    return -(2**63) <= value < 2**63
+
+
+def _subject(claims: Mapping[str, Any]) -> str:
+    subject = claims.get("sub")
+    if subject is None or subject == "":
+        return "jwt"
+    if not isinstance(subject, str):
+        raise AuthenticationError("the token's subject (sub) is no text")
+    if len(subject) > _MAX_SUBJECT_CHARACTERS or not subject.isprintable():
+        raise AuthenticationError("the token's subject (sub) is too long or not printable")
+    if subject in _RESERVED_SUBJECTS:
+        raise AuthenticationError("the token's subject (sub) is a name that policy reserves")
+    return subject
+
+
+def _scalars(claims: Mapping[str, Any]) -> dict[str, ClaimValue]:
+    return {
+        name: value
+        for name, value in claims.items()
+        if isinstance(value, str | bool) or (isinstance(value, int | float) and _is_moderate(value))
+    }
+
+
+def _hmac_key(secret: str) -> bytes:
+    key = secret.encode("utf-8", "surrogateescape")
+    if len(key) < _MIN_SECRET_BYTES:
+        raise ConfigError(
+            f"auth.jwt.secret is too short: at least {_MIN_SECRET_BYTES} bytes",
+            key="auth.jwt.secret",
+        )
+    try:
+        jwt.get_algorithm_by_name("HS256").prepare_key(key)
+    except jwt.PyJWTError:
+        raise ConfigError(
+            "auth.jwt.secret is a public key or a certificate: use auth.jwt.public_key_file or "
+            "auth.jwt.jwks_file for public keys",
+            key="auth.jwt.secret",
+        ) from None
+    # HMAC itself fills a key up with zeros to the block size (RFC 2104 section 2); done here,
+    # PyJWT does not warn about short ones on the gateway's standard error
+    return key.ljust(_HMAC_BLOCK_BYTES, b"\0")
 
 
 def _load_public_key(pem: bytes) -> _Key:
@@ -187,27 +219,58 @@ def _load_public_key(pem: bytes) -> _Key:
         raise ConfigError(
             "auth.jwt.public_key_file is no PEM public key", key="auth.jwt.public_key_file"
         ) from None
-    for kind, algorithms in _BY_KEY:
-        if isinstance(key, kind):
-            return _Key(key, algorithms)
-    raise ConfigError(
-        "auth.jwt.public_key_file: use an RSA, EC or Ed25519 key", key="auth.jwt.public_key_file"
-    )
+    served = _algorithms_for(key)
+    if not served:
+        raise ConfigError(
+            "auth.jwt.public_key_file: use an RSA key of at least 2048 bits, an EC key on P-256, "
+            "P-384 or P-521, or an Ed25519 key",
+            key="auth.jwt.public_key_file",
+        )
+    return _Key(key, served)
+
+
+def _algorithms_for(key: object) -> tuple[str, ...]:
+    """The algorithms that a public key serves; none for another kind of key, or a weak one."""
+    match key:
+        case RSAPublicKey():
+            return _RSA if key.key_size >= _MIN_RSA_BITS else ()
+        case EllipticCurvePublicKey():
+            algorithm = _BY_CURVE.get(key.curve.name)
+            return (algorithm,) if algorithm is not None else ()
+        case Ed25519PublicKey() | Ed448PublicKey():
+            return ("EdDSA",)
+        case _:
+            return ()
 
 
 def _load_jwks(text: str) -> list[_Key]:
-    """Public keys of a JWK set (RFC 7517); symmetric ones and unknown kinds are passed over."""
+    """Public signing keys of a JWK set (RFC 7517); other ones and unknown kinds are passed over.
+
+    ``alg`` of a key narrows what it serves.
+    """
     try:
-        found = jwt.PyJWKSet.from_dict(json.loads(text)).keys
-    except (ValueError, TypeError, AttributeError, jwt.PyJWTError) as error:
-        raise ConfigError(
-            f"auth.jwt.jwks_file is no JWK set: {error}", key="auth.jwt.jwks_file"
-        ) from None
-    keys = []
-    for jwk in found:
-        for kind, algorithms in _BY_KEY:
-            if isinstance(jwk.key, kind):
-                keys.append(_Key(jwk.key, algorithms, jwk.key_id))
+        written = json.loads(text)["keys"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        written = None
+    if not isinstance(written, list):
+        raise ConfigError("auth.jwt.jwks_file is no JWK set", key="auth.jwt.jwks_file")
+    keys = [key for key in map(_load_jwk, written) if key is not None]
     if not keys:
-        raise ConfigError("auth.jwt.jwks_file has no public key", key="auth.jwt.jwks_file")
+        raise ConfigError(
+            "auth.jwt.jwks_file has no public key for signatures", key="auth.jwt.jwks_file"
+        )
     return keys
+
+
+def _load_jwk(written: object) -> _Key | None:
+    if not isinstance(written, dict) or written.get("use", "sig") != "sig":
+        return None
+    try:
+        jwk = jwt.PyJWK.from_dict(written)
+    except (jwt.PyJWTError, ValueError, TypeError, AttributeError):
+        return None
+    declared, key_id = written.get("alg"), written.get("kid")
+    served = tuple(a for a in _algorithms_for(jwk.key) if declared in (None, a))
+    if not served or not isinstance(key_id, str | None):
+        return None
+    return _Key(jwk.key, served, key_id)

@@ -32,6 +32,8 @@ HOLD_DATAGRAMS = 256
 """Payloads that wait per tunnel until the gateway has answered, or is back."""
 HOLD_BYTES = 1 << 20
 _CAPSULE_QUEUE_BYTES = 1 << 20
+_NO_CAPSULES = (204, 205, 206)
+"""With the Capsule Protocol these are malformed (RFC 9297 section 3.2)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,13 +108,13 @@ class Tunnels:
                 self._endpoint.abort_stream(
                     self._connection, tunnel.stream_id, H3_REQUEST_CANCELLED
                 )
-        self._request_waiting()
+        self.retry_waiting()
 
     def connected(self, connection: int) -> None:
         """A connection is ready: ask for every tunnel on it."""
         self._connection = connection
         self._capsules_only = not self._endpoint.may_send_datagrams(connection)
-        self._request_waiting()
+        self.retry_waiting()
 
     def disconnected(self) -> None:
         """The connection is gone: tunnels wait for the next one, and hold what they are given."""
@@ -186,7 +188,8 @@ class Tunnels:
             tunnel.stream_id = stream_id
             self._by_stream[stream_id] = tunnel
 
-    def _request_waiting(self) -> None:
+    def retry_waiting(self) -> None:
+        """Ask for tunnels that found no free stream; call it now and then."""
         for tunnel in self._tunnels:
             if tunnel.stream_id is None:
                 self._request(tunnel)
@@ -194,7 +197,7 @@ class Tunnels:
     def _receive_response(self, tunnel: ClientTunnel, event: HeadersReceived) -> None:
         headers = dict(event.headers)
         status = int(headers[b":status"])
-        if 200 <= status < 300 and not event.ended:
+        if 200 <= status < 300 and status not in _NO_CAPSULES and not event.ended:
             for payloads, segment_size in tunnel.protocol.open():
                 self.send(tunnel, payloads, segment_size)
             return
@@ -227,7 +230,7 @@ class Tunnels:
             self._drop(DropReason.TUNNEL_REFUSED, count_payloads(len(payloads), segment_size))
         self._forget(tunnel)
         tunnel.ended(refusal)
-        self._request_waiting()
+        self.retry_waiting()
 
     def _forget(self, tunnel: ClientTunnel) -> None:
         self._tunnels.remove(tunnel)

@@ -86,6 +86,8 @@ class UdpForward:
             while True:
                 await asyncio.sleep(min(_TICK_S, self._idle_timeout_s))
                 self.reap(time.monotonic())
+                self._tunnels.retry_waiting()
+                self._session.flush_soon()
         finally:
             loop.remove_reader(self._local.fileno())
             for peer in self._peers.values():

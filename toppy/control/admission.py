@@ -17,6 +17,7 @@ from toppy.errors import TargetError
 from toppy.model.grant import Denial, Grant
 from toppy.model.target import Target
 from toppy.net.resolver import Resolver
+from toppy.policy.address_guard import embedded_address
 from toppy.policy.ruleset import Ruleset
 from toppy.wire.ipc_message import AdmissionRequest
 
@@ -72,7 +73,7 @@ class Admission:
             addresses = await self._addresses(target.host)
         except TargetError as error:
             return Denial(error.status, error.proxy_status, str(error))
-        own = frozenset(address for address in addresses if _is_own(address))
+        own = frozenset(form for address in addresses for form in _own_forms(address))
         decision = self._ruleset.decide(identity, target, addresses, own_addresses=own)
         if not decision.is_allowed:
             kind = "destination_ip_prohibited" if decision.category else "http_request_denied"
@@ -91,6 +92,15 @@ class Admission:
             return (str(ipaddress.ip_address(host)),)
         except ValueError:
             return await self._resolver.resolve(host)
+
+
+def _own_forms(address: str) -> list[str]:
+    """``address``, and the IPv4 address that it embeds, where they are this host's."""
+    forms = [address]
+    embedded = embedded_address(ipaddress.ip_address(address))
+    if embedded is not None:
+        forms.append(str(embedded))
+    return [form for form in forms if _is_own(form)]
 
 
 def _is_own(address: str) -> bool:

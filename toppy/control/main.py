@@ -140,7 +140,8 @@ class ControlPlane:
             await asyncio.gather(*tasks, stop_task, return_exceptions=True)
             server.close()
             self._listeners.close()
-            admin_path.unlink(missing_ok=True)
+            for name in (ADMIN_SOCKET, "control.sock", "reports.sock"):
+                (runtime / name).unlink(missing_ok=True)
 
     def _announce(self) -> None:
         config = self._settings.config

@@ -7,14 +7,21 @@ special addresses (``address_guard``) need an allow rule whose network lies insi
 from __future__ import annotations
 
 import ipaddress
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from toppy.config.policy import PolicyRule, name_rules
 from toppy.model.identity import Identity
 from toppy.model.target import Target
-from toppy.policy.address_guard import Address, Network, embedded_address, special
+from toppy.policy.address_guard import (
+    Address,
+    Network,
+    embedded_address,
+    embedded_network,
+    special,
+    unmapped,
+    unmapped_network,
+)
 
 DEFAULT_RULE = "default"
 """What answers call the rule that denies what no rule allows."""
@@ -63,16 +70,27 @@ class Ruleset:
         return self._denied(target, DEFAULT_RULE)
 
     def decide_name(self, identity: Identity, target: Target) -> Decision | None:
-        """A decision that needs no address; None when a rule has to see the addresses first."""
+        """The decision where no address can change it; None: resolve, then ``decide``.
+
+        For rulesets without ``guards_special``; with it, an address can always change an allow.
+        """
+        depends_on = set()
+        decision = self._denied(target, DEFAULT_RULE)
         for rule in self._rules:
             if not _matches_request(rule, identity, target):
                 continue
             if rule.cidr:
-                return None
+                depends_on.add(rule.action)
+                continue
             if rule.action == "allow":
-                return Decision(True, (), rule.name, "")
-            return self._denied(target, rule.name)
-        return self._denied(target, DEFAULT_RULE)
+                decision = Decision(True, (), rule.name, "")
+            else:
+                decision = self._denied(target, rule.name)
+            break
+        if decision.is_allowed and self._guards_special:
+            return None
+        other = "deny" if decision.is_allowed else "allow"
+        return None if other in depends_on else decision
 
     def decide(
         self,
@@ -81,25 +99,33 @@ class Ruleset:
         addresses: Sequence[str],
         own_addresses: frozenset[str] = frozenset(),
     ) -> Decision:
-        """Which of the resolved ``addresses`` a tunnel may lead to."""
+        """Which of the resolved ``addresses`` a tunnel may lead to.
+
+        ``addresses`` are numeric; ``own_addresses`` those among them that are the gateway's.
+        """
         rules = [rule for rule in self._rules if _matches_request(rule, identity, target)]
         allowed, allowing_rule = [], ""
-        refusal = self._denied(target, DEFAULT_RULE)
+        refusals = []
         for text in addresses:
             decision = self._decide_address(rules, target, text, own_addresses)
             if decision.is_allowed:
                 allowed.append(text)
                 allowing_rule = allowing_rule or decision.rule
             else:
-                refusal = decision
+                refusals.append(decision)
         if allowed:
             return Decision(True, tuple(allowed), allowing_rule, "")
-        return refusal
+        if not refusals:
+            return Decision(
+                False, (), DEFAULT_RULE, f"target {target} is not allowed: it has no address"
+            )
+        # the one that tells most: a rule or a special address, rather than that nothing matched
+        return next((r for r in refusals if r.category or r.rule != DEFAULT_RULE), refusals[0])
 
     def _decide_address(
         self, rules: list[PolicyRule], target: Target, text: str, own_addresses: frozenset[str]
     ) -> Decision:
-        address = ipaddress.ip_address(text)
+        address = unmapped(ipaddress.ip_address(text))
         found = special(address, own_addresses) if self._guards_special else None
         was_unnamed = False
         for rule in rules:
@@ -149,41 +175,63 @@ def _is_same(claim: object, value: object) -> bool:
 
 
 def _matches_glob(pattern: str, text: str) -> bool:
-    regex = ".*".join(re.escape(part) for part in pattern.split("*"))
-    return re.fullmatch(regex, text, re.DOTALL) is not None
+    """``*`` stands for any text. Takes time in proportion to the text, whoever chose it."""
+    first, *others = pattern.split("*")
+    if not others:
+        return text == first
+    *middle, last = others
+    if not text.startswith(first) or len(text) < len(first) + len(last):
+        return False
+    position, end = len(first), len(text) - len(last)
+    for part in middle:
+        found = text.find(part, position, end)
+        if found < 0:
+            return False
+        position = found + len(part)
+    return text.endswith(last)
 
 
 def _matches_host(pattern: str, host: str) -> bool:
     if pattern == "*":
         return True
     if pattern.startswith("*."):
-        return host.endswith(pattern[1:])
+        return host.endswith(pattern[1:]) and not _is_address(host)
     return host == pattern
 
 
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
 def _contains(networks: Sequence[Network], address: Address) -> bool:
-    inner = embedded_address(address)
+    """Whether ``address``, or the IPv4 address that it leads to, is in one of ``networks``."""
+    candidates = (address, embedded_address(address))
     return any(
-        candidate in network
+        candidate in unmapped_network(network)
         for network in networks
-        for candidate in (address, inner)
-        if candidate is not None and candidate.version == network.version
+        for candidate in candidates
+        if candidate is not None
     )
 
 
 def _names(networks: Sequence[Network], address: Address, special_range: Network) -> bool:
-    """Whether a network that contains ``address`` lies inside the special range (or names the very
-    form that embeds it).
+    """Whether a network that has ``address`` in it lies inside the special range, itself or by the
+    IPv4 network that it embeds: ``64:ff9b::a00:0/104`` names 10.0.0.0/8, ``64:ff9b::/96`` does not.
     """
-    inner = embedded_address(address)
-    for network in networks:
-        for candidate in (address, inner):
-            if candidate is None or candidate.version != network.version:
-                continue
-            if candidate not in network:
-                continue
-            if network.version == special_range.version and network.subnet_of(special_range):  # type: ignore[arg-type]
-                return True
-            if candidate is address and inner is not None and network.prefixlen >= 96:
-                return True
-    return False
+    return any(
+        _is_inside(form, special_range)
+        for network in networks
+        if _contains((network,), address)
+        for form in (unmapped_network(network), embedded_network(network))
+        if form is not None
+    )
+
+
+def _is_inside(network: Network, outer: Network) -> bool:
+    if isinstance(network, ipaddress.IPv4Network):
+        return isinstance(outer, ipaddress.IPv4Network) and network.subnet_of(outer)
+    return isinstance(outer, ipaddress.IPv6Network) and network.subnet_of(outer)

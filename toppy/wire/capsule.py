@@ -29,7 +29,8 @@ class CapsuleParser:
     """Cuts a stream into capsules, whatever its chunks.
 
     A known type whose declared length exceeds ``max_value_bytes`` is refused before a byte of it
-    is buffered; unknown types are skipped without being buffered (RFC 9297 section 3.2).
+    is buffered, and so is everything after it; unknown types are skipped without being buffered,
+    whatever their length (RFC 9297 section 3.2). Keeps at most one unfinished value.
     """
 
     def __init__(
@@ -40,12 +41,15 @@ class CapsuleParser:
         self._header = b""
         self._type: int | None = None
         self._remaining = 0
-        self._chunks: list[bytes] = []
+        self._value = bytearray()
+        self._refusal = ""
         self.skipped = 0
         """Capsules of unknown types so far."""
 
     def receive(self, data: bytes) -> list[Capsule]:
         """Capsules that ``data`` completes. Raises ``DatagramError`` for one that is too large."""
+        if self._refusal:
+            raise DatagramError(self._refusal)
         capsules: list[Capsule] = []
         offset = 0
         while True:
@@ -54,17 +58,18 @@ class CapsuleParser:
                 if found is None:
                     return capsules
                 offset = found
-            taken = min(self._remaining, len(data) - offset)
-            if self._type in self._known_types and taken:
-                self._chunks.append(data[offset : offset + taken])
-            offset += taken
-            self._remaining -= taken
+            assert self._type is not None
+            taken = data[offset : offset + self._remaining]
+            offset += len(taken)
+            self._remaining -= len(taken)
+            if self._type in self._known_types:
+                if self._remaining or self._value:
+                    self._value += taken
+                if not self._remaining:
+                    capsules.append(Capsule(self._type, bytes(self._value) or taken))
+                    self._value = bytearray()
             if self._remaining:
                 return capsules
-            if self._type in self._known_types:
-                assert self._type is not None
-                capsules.append(Capsule(self._type, b"".join(self._chunks)))
-                self._chunks.clear()
             self._type = None
 
     def _read_header(self, data: bytes, offset: int) -> int | None:
@@ -81,10 +86,11 @@ class CapsuleParser:
         if self._type not in self._known_types:
             self.skipped += 1
         elif self._remaining > self._max_value_bytes:
-            raise DatagramError(
+            self._refusal = (
                 f"a capsule of {self._remaining} bytes is too large, "
                 f"at most {self._max_value_bytes} are taken"
             )
+            raise DatagramError(self._refusal)
         return offset + length[1] - pending
 
     def receive_end(self) -> None:

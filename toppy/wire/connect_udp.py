@@ -25,7 +25,14 @@ _LABEL = re.compile(r"(?!-)[a-z0-9_-]{1,63}(?<!-)\Z")
 _DOTTED_QUAD = re.compile(r"(?:0|[1-9][0-9]{0,2})(?:\.(?:0|[1-9][0-9]{0,2})){3}\Z")
 _NUMERIC = re.compile(r"(?:0x[0-9a-f]*|[0-9]+)\Z")
 _PERCENT_ENCODED = re.compile(r"(?:[^%]|%[0-9A-Fa-f]{2})*\Z")
-_EXPRESSION = re.compile(r"\{([?&]?)([a-z_,]+)\}")
+_PORT = re.compile(r"[1-9][0-9]{0,4}\Z")
+_AUTHORITY = re.compile(r"[!$&-.0-;=A-\[\]_a-z~]+\Z")
+# of RFC 6570: levels 1 to 3, only the operators that RFC 9298 section 2 leaves
+_VARIABLE = r"[A-Za-z0-9_](?:\.?[A-Za-z0-9_])*"
+_EXPRESSION = re.compile(rf"\{{([?&]?)({_VARIABLE}(?:,{_VARIABLE})*)\}}")
+_PLAIN = re.compile(r"[!$-;=?-\[\]_a-z~]*\Z")
+_NOT_WITH_CAPSULES = (b"content-length", b"content-type", b"transfer-encoding")
+_VARIABLES = frozenset({"target_host", "target_port"})
 _MAX_NAME_BYTES = 253
 
 
@@ -74,7 +81,12 @@ def _percent_decode(text: str) -> str:
 
 
 def parse_host(text: str) -> str:
-    """A name in lower case without its last dot, or an address in canonical form."""
+    """A name in lower case without its last dot, or an address in canonical form.
+
+    Raises ``RequestError``.
+    """
+    if not text.isascii():  # lower() would make ASCII of some letters that are not
+        raise RequestError("the target must be ASCII (write names as A-labels)")
     host = text.lower()
     if ":" in host:
         if "%" in host:
@@ -98,8 +110,8 @@ def parse_host(text: str) -> str:
 
 
 def parse_port(text: str) -> int:
-    """1 to 65535, digits only."""
-    if not text.isascii() or not text.isdigit() or len(text) > 5 or not 1 <= int(text) <= 65535:
+    """1 to 65535: decimal digits only, the first one no zero. Raises ``RequestError``."""
+    if not _PORT.match(text) or int(text) > 65535:
         raise RequestError("the target port must be a number from 1 to 65535")
     return int(text)
 
@@ -115,18 +127,20 @@ def validate_request(headers: Iterable[tuple[bytes, bytes]]) -> ConnectUdpReques
         raise RequestError("only Extended CONNECT with connect-udp is served here", status=404)
     if found.get(b":scheme") != b"https":
         raise RequestError("the scheme must be https")
-    if not found.get(b":authority"):
-        raise RequestError("the authority must not be empty")
-    if b"content-length" in found:
-        raise RequestError("a tunnel has no content-length")
+    if any(name in found for name in _NOT_WITH_CAPSULES):  # RFC 9297 section 3.2
+        raise RequestError("a tunnel has no content-length, content-type or transfer-encoding")
     try:
         path = found.get(b":path", b"").decode("ascii")
-        authority = found[b":authority"].decode("ascii")
+        authority = found.get(b":authority", b"").decode("ascii")
         authorization = (
             found[b"authorization"].decode("ascii") if b"authorization" in found else None
         )
     except UnicodeDecodeError:
         raise RequestError("a field must be ASCII") from None
+    if not _AUTHORITY.match(authority):
+        raise RequestError("the authority must be HOST:PORT")
+    if not path.startswith("/"):
+        raise RequestError("the path must begin with a slash")
     request = parse_request_path(path)
     return ConnectUdpRequest(request.target, request.is_forward, authority, authorization)
 
@@ -134,17 +148,20 @@ def validate_request(headers: Iterable[tuple[bytes, bytes]]) -> ConnectUdpReques
 def request_headers(
     authority: str, path: str, authorization: str | None
 ) -> list[tuple[bytes, bytes]]:
-    """An Extended CONNECT request (RFC 9298 section 3.4). ``authorization`` is a bearer token."""
+    """An Extended CONNECT request (RFC 9298 section 3.4). ``authorization`` is a bearer token.
+
+    Raises ``ConfigError`` for what a field cannot carry.
+    """
     headers = [
         (b":method", b"CONNECT"),
         (b":protocol", b"connect-udp"),
         (b":scheme", b"https"),
-        (b":authority", _field(authority)),
-        (b":path", _field(path)),
+        (b":authority", _field("the gateway's authority", authority)),
+        (b":path", _field("the path", path)),
         (b"capsule-protocol", b"?1"),
     ]
     if authorization is not None:
-        headers.append((b"authorization", b"Bearer " + _field(authorization)))
+        headers.append((b"authorization", b"Bearer " + _field("the token", authorization)))
     return headers
 
 
@@ -156,47 +173,62 @@ def response_headers(
     if 200 <= status < 300:
         headers.append((b"capsule-protocol", b"?1"))
     if proxy_status:
-        headers.append((b"proxy-status", _field(proxy_status)))
+        headers.append((b"proxy-status", _field("proxy-status", proxy_status)))
     if www_authenticate:
         headers.append((b"www-authenticate", b'Bearer realm="toppy"'))
     return headers
 
 
-def _field(text: str) -> bytes:
-    if not text.isascii() or not text.isprintable():
-        raise ConfigError("a header field would have characters that are not printable ASCII")
-    return text.strip().encode("ascii")
+def _field(what: str, text: str) -> bytes:
+    value = text.strip()
+    if not value or not value.isascii() or not value.isprintable():
+        # the value is not shown: it may be a secret
+        raise ConfigError(f"{what} must be printable ASCII and not empty, to go into a request")
+    return value.encode("ascii")
 
 
 def validate_template(template: str) -> None:
-    """Raise ``ConfigError`` unless ``template`` is one of RFC 9298 section 2."""
-    if not template.isascii() or not template.startswith("https://"):
+    """Raise ``ConfigError`` unless ``template`` is one of RFC 9298 section 2.
+
+    Variables besides ``target_host`` and ``target_port`` may be there; they expand to nothing.
+    """
+    if not template.isascii() or not template.isprintable() or not template.startswith("https://"):
         raise ConfigError(
             "gateway_template must be an ASCII URI template that begins with https://",
             key="gateway_template",
         )
     _, _, rest = template.partition("https://")
     authority, slash, path = rest.partition("/")
-    if not authority or "{" in authority or "@" in authority or not slash:
+    if not _AUTHORITY.match(authority) or not slash:
         raise ConfigError(
             "gateway_template needs a fixed authority and a path", key="gateway_template"
         )
     names = [name for _, group in _EXPRESSION.findall(path) for name in group.split(",")]
-    if sorted(names) != ["target_host", "target_port"] or "{" in _EXPRESSION.sub("", path):
+    known = [name for name in names if name in _VARIABLES]
+    if sorted(known) != sorted(_VARIABLES):
         raise ConfigError(
-            "gateway_template must have {target_host} and {target_port}, each once, and no other "
-            "expression",
+            "gateway_template must have {target_host} and {target_port}, each once",
+            key="gateway_template",
+        )
+    if not _PLAIN.match(_EXPRESSION.sub("", path)):
+        raise ConfigError(
+            "gateway_template must have no expression but {name}, {?name} and {&name}, no fragment "
+            "and no space",
             key="gateway_template",
         )
 
 
 def expand_template(template: str, target: Target) -> tuple[str, str]:
-    """(authority, path) for a target; the colons of IPv6 are percent-encoded."""
+    """(authority, path) for a target; the colons of IPv6 are percent-encoded.
+
+    ``template`` has passed ``validate_template``.
+    """
     values = {"target_host": quote(target.host, safe=""), "target_port": str(target.port)}
 
     def expand(match: re.Match[str]) -> str:
-        operator, names = match.group(1), match.group(2).split(",")
-        if not operator:
+        operator = match.group(1)
+        names = [name for name in match.group(2).split(",") if name in values]
+        if not operator or not names:
             return ",".join(values[name] for name in names)
         return operator + "&".join(f"{name}={values[name]}" for name in names)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from toppy.errors import DatagramError
 from toppy.wire.varint import parse_varint
 
 UDP_CONTEXT_ID = 0
@@ -15,6 +16,14 @@ def encode_udp_payload(payload: bytes | bytearray | memoryview) -> bytes:
 
 
 def parse_http_datagram(data: bytes) -> tuple[int, memoryview]:
-    """(context ID, what follows it). Raises ``DatagramError`` when the context ID is cut off."""
+    """(context ID, what follows it).
+
+    Raises ``DatagramError`` when the context ID is cut off, and for a UDP payload that no UDP
+    datagram could carry: RFC 9298 section 5 has the stream aborted then.
+    """
     context_id, offset = parse_varint(data)
+    if context_id == UDP_CONTEXT_ID and len(data) - offset > MAX_UDP_PAYLOAD_BYTES:
+        raise DatagramError(
+            f"a UDP payload of {len(data) - offset} bytes, at most {MAX_UDP_PAYLOAD_BYTES} exist"
+        )
     return context_id, memoryview(data)[offset:]

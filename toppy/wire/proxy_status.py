@@ -5,11 +5,14 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from toppy.errors import LocalError
+
 _TOKEN = re.compile(r"[A-Za-z*][A-Za-z0-9:/!#$%&'*+\-.^_`|~]*\Z")
 _PARAMETER = re.compile(
     r';\s*([a-z*][a-z0-9_.*-]*)(?:=("(?:[^"\\]|\\["\\])*"|[A-Za-z0-9*][^;,\s"]*|-?[0-9.]+|\?[01]))?'
 )
 _MAX_TEXT = 400
+_MAX_FIELD = 8192
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +29,13 @@ class ProxyStatus:
 def encode_proxy_status(
     proxy: str, *, error: str = "", details: str = "", rule: str = "", next_hop: str = ""
 ) -> str:
-    """A Proxy-Status field value. ``rule`` is a parameter of ours, ``toppy-rule``."""
+    """A Proxy-Status field value. ``rule`` is a parameter of ours, ``toppy-rule``.
+
+    ``error`` is a type of RFC 9209 section 2.3; the texts may be anything, and are cut to 400
+    characters. Raises ``LocalError`` for an ``error`` that is no token.
+    """
+    if error and not _TOKEN.match(error):
+        raise LocalError(f"{error!r} is no Proxy-Status error type")
     parts = [proxy if _TOKEN.match(proxy) else _string(proxy)]
     if error:
         parts.append(f"error={error}")
@@ -47,8 +56,17 @@ def _string(text: str) -> str:
 
 
 def parse_proxy_status(value: str) -> ProxyStatus | None:
-    """The last proxy's entry of a field value (the one nearest to us), or None for nonsense."""
-    entry = _last_member(value).strip()
+    """The entry that says most: the nearest proxy's (the last) with an error, else the nearest's.
+
+    Lenient: what cannot be read is left out; None when there is nothing. The texts have printable
+    characters only, whatever was sent, and are cut to 400.
+    """
+    found = [status for status in map(_parse_member, _members(value[:_MAX_FIELD])) if status]
+    return next((s for s in reversed(found) if s.error), found[-1] if found else None)
+
+
+def _parse_member(member: str) -> ProxyStatus | None:
+    entry = member.strip()
     head = re.match(r'("(?:[^"\\]|\\["\\])*"|[^;,\s"]+)', entry)
     if head is None:
         return None
@@ -62,8 +80,9 @@ def parse_proxy_status(value: str) -> ProxyStatus | None:
     )
 
 
-def _last_member(value: str) -> str:
-    start, is_quoted, is_escaped = 0, False, False
+def _members(value: str) -> list[str]:
+    """The entries of the list; commas inside strings do not part them."""
+    members, start, is_quoted, is_escaped = [], 0, False, False
     for index, character in enumerate(value):
         if is_escaped:
             is_escaped = False
@@ -72,17 +91,37 @@ def _last_member(value: str) -> str:
         elif character == '"':
             is_quoted = not is_quoted
         elif character == "," and not is_quoted:
+            members.append(value[start:index])
             start = index + 1
-    return value[start:]
+    return [*members, value[start:]]
 
 
 def _unquote(text: str) -> str:
     if text.startswith('"'):
-        return re.sub(r"\\(.)", r"\1", text[1:-1])
-    return text
+        text = re.sub(r"\\(.)", r"\1", text[1:-1])
+    # it goes to a terminal
+    return "".join(c if c.isprintable() else "?" for c in text[:_MAX_TEXT])
 
 
-_ADVICE = {
+_ADVICE_BY_ERROR = {
+    "dns_timeout": "the gateway's name servers did not answer in time; try again later",
+    "dns_error": "the gateway cannot resolve the target's name; check the name",
+    "destination_not_found": "the gateway knows no such target; check its name",
+    "destination_unavailable": "the target does not answer; check that it runs and is reachable "
+    "from the gateway",
+    "destination_ip_prohibited": "the target's address is one that the gateway opens only by a "
+    "rule whose cidr names it; ask its operator for one",
+    "destination_ip_unroutable": "the gateway has no route to the target; check the address and "
+    "the gateway's network",
+    "connection_refused": "nothing listens at the target; check its port and that it runs",
+    "connection_timeout": "the target did not answer in time; check that it runs and is reachable "
+    "from the gateway",
+    "connection_limit_reached": "the gateway has reached a limit; try again later",
+    "proxy_internal_error": "the gateway failed; try again, and if it stays so ask its operator to "
+    "look at its log",
+    "proxy_configuration_error": "the gateway is not set up right; ask its operator",
+}
+_ADVICE_BY_STATUS = {
     400: "the gateway did not understand the request; check the target and the gateway's template",
     401: "the gateway does not accept the token; get a new one (auth_token, or `toppy login`)",
     403: "the gateway's policy does not allow this target; ask its operator for a rule",
@@ -96,11 +135,15 @@ _ADVICE = {
 
 
 def explain(status: int, proxy_status: ProxyStatus | None) -> str:
-    """One sentence: what, which rule, what to do next."""
-    reason = ""
+    """One sentence for a person: what, by which rule, what to do next."""
+    reason = error = ""
     if proxy_status is not None:
-        reason = proxy_status.details or proxy_status.error.replace("_", " ")
+        error = proxy_status.error
+        reason = proxy_status.details or error.replace("_", " ")
         if proxy_status.rule:
-            reason += f" (rule {proxy_status.rule!r})"
-    advice = _ADVICE.get(status, "the gateway refused the tunnel")
+            reason = f"{reason} (rule {proxy_status.rule!r})".lstrip()
+    advice = _ADVICE_BY_STATUS.get(status, "the gateway refused the tunnel")
+    # a missing token or a wrong path is what the status says, whatever the error type
+    if status not in (400, 401, 404, 407):
+        advice = _ADVICE_BY_ERROR.get(error, advice)
     return f"{status}: {reason}; {advice}" if reason else f"{status}: {advice}"

@@ -1,0 +1,140 @@
+"""Messages between control plane and workers: what was sent arrives, nothing else is taken."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from toppy.model.counters import WorkerCounters
+from toppy.model.grant import Denial, Grant
+from toppy.wire.ipc_message import (
+    MAX_MESSAGE_BYTES,
+    SETTINGS_LENGTH,
+    AdmissionRequest,
+    Admitted,
+    Hello,
+    IpcError,
+    Ready,
+    Report,
+    Stop,
+    TokenAnswer,
+    TokenRequest,
+    WorkerSettings,
+    encode_message,
+    encode_settings,
+    parse_from_worker,
+    parse_report,
+    parse_settings,
+    parse_to_worker,
+)
+
+Parser = Callable[[bytes], Any]
+PARSERS: list[Parser] = [parse_from_worker, parse_to_worker, parse_report, parse_settings]
+
+FROM_WORKER = [
+    Hello(slot=1, generation=2, pid=3, secret="hidden"),
+    Ready(engine="native"),
+    AdmissionRequest(
+        request=1,
+        authorization="Bearer hidden",
+        host="db.example",
+        port=53,
+        protocol="udp",
+        is_echo=False,
+        source="192.0.2.1",
+    ),
+    TokenRequest(request=2, authorization=None),
+]
+TO_WORKER = [
+    Admitted(1, Grant(("192.0.2.1",), 53, "alice", "rule 1", 1, expires_at=5.5), None),
+    Admitted(2, None, Denial(403, "http_request_denied", "no rule allows it", "default")),
+    TokenAnswer(request=3, is_valid=True),
+    Stop(deadline_s=5.0),
+]
+REPORT = Report(
+    slot=1, generation=2, secret="hidden", counters=WorkerCounters(drops={"malformed": 2})
+)
+SETTINGS = WorkerSettings(
+    slot=1,
+    generation=2,
+    secret="hidden",
+    control_address="ipc:///run/a",
+    report_address="ipc:///run/b",
+    sockets=(3, 4),
+    names=("localhost",),
+    proxy_name="gw",
+    engine="aioquic",
+    certificate_chain_pem=b"chain",
+    private_key_pem=b"hidden",
+    reset_key=b"hidden",
+    token_key=b"hidden",
+    quic={"gso": True},
+    limits={"max_connections": 1},
+    log_level="info",
+    log_format="json",
+)
+
+
+@pytest.mark.parametrize("message", FROM_WORKER)
+def test_what_a_worker_says_arrives(message: Any) -> None:
+    assert parse_from_worker(encode_message(message)) == message
+    with pytest.raises(IpcError):
+        parse_to_worker(encode_message(message))
+
+
+@pytest.mark.parametrize("message", TO_WORKER)
+def test_what_the_control_plane_says_arrives(message: Any) -> None:
+    assert parse_to_worker(encode_message(message)) == message
+    with pytest.raises(IpcError):
+        parse_from_worker(encode_message(message))
+
+
+def test_a_report_and_settings_arrive() -> None:
+    assert parse_report(encode_message(REPORT)) == REPORT
+    encoded = encode_settings(SETTINGS)
+    (length,) = SETTINGS_LENGTH.unpack(encoded[: SETTINGS_LENGTH.size])
+    assert length == len(encoded) - SETTINGS_LENGTH.size
+    assert parse_settings(encoded[SETTINGS_LENGTH.size :]) == SETTINGS
+
+
+@pytest.mark.parametrize("message", [*FROM_WORKER, REPORT, SETTINGS])
+def test_no_secret_shows_in_a_repr(message: Any) -> None:
+    assert "hidden" not in repr(message)
+
+
+@pytest.mark.parametrize("parse", PARSERS)
+def test_a_frame_beyond_the_bound_is_refused_unread(parse: Parser) -> None:
+    with pytest.raises(IpcError, match="too large"):
+        parse(bytes(MAX_MESSAGE_BYTES + 1))
+
+
+@pytest.mark.parametrize("parse", PARSERS)
+@given(data=st.binary(max_size=200))
+def test_any_frame_is_a_message_or_refused(parse: Parser, data: bytes) -> None:
+    with pytest.raises(IpcError):
+        parse(data)
+
+
+@given(st.sampled_from([*FROM_WORKER, *TO_WORKER, REPORT]), st.data())
+def test_a_damaged_message_is_a_message_or_refused(message: Any, data: st.DataObject) -> None:
+    encoded = bytearray(encode_message(message))
+    position = data.draw(st.integers(0, len(encoded) - 1))
+    encoded[position] = data.draw(st.integers(0, 255))
+    cut = data.draw(st.integers(0, len(encoded)))
+    for damaged in (bytes(encoded), bytes(encoded[:cut])):
+        for parse in PARSERS:
+            try:
+                found = parse(damaged)
+            except IpcError:
+                continue
+            assert isinstance(found, msgspec.Struct)
+
+
+def test_deep_nesting_is_refused() -> None:
+    with pytest.raises(IpcError):
+        parse_from_worker(b"\x91" * 100_000)
