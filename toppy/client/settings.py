@@ -11,10 +11,10 @@ from toppy.client.session import GatewaySettings
 from toppy.config.client import ClientConfig, client_config_path, parse_client_config
 from toppy.errors import ConfigError
 from toppy.model.target import Target
+from toppy.system.files import read_file
 from toppy.wire.connect_udp import FORWARD_TEMPLATE_PATH
 
 DEFAULT_MTU = 1350
-_MAX_FILE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ def load_client_config(flag: str | None, environ: Mapping[str, str]) -> LoadedCl
             f"there is no configuration at {path}; write one (`toppy-gw init` makes an example, "
             "client.toml), or name one with --config or TOPPY_CONFIG"
         )
-    text = _read(path, "configuration").decode("utf-8", "replace")
+    text = read_file(path, "configuration").decode("utf-8", "replace")
     config = parse_client_config(text, str(path), environ)
     warnings = []
     if config.token is not None and path.stat().st_mode & (stat.S_IRGRP | stat.S_IROTH):
@@ -47,7 +47,7 @@ def gateway_settings(loaded: LoadedClientConfig) -> GatewaySettings:
     config = loaded.config
     ca = None
     if config.ca_cert_path is not None:
-        ca = _read(loaded.path.absolute().parent / config.ca_cert_path, "ca_cert_path")
+        ca = read_file(loaded.path.absolute().parent / config.ca_cert_path, "ca_cert_path")
     authority = Target(config.gateway, config.port)
     token = config.token
     return GatewaySettings(
@@ -61,14 +61,3 @@ def gateway_settings(loaded: LoadedClientConfig) -> GatewaySettings:
         congestion_control=config.quic.congestion_control,
         initial_packet_bytes=max(1200, config.mtu or DEFAULT_MTU),
     )
-
-
-def _read(path: Path, key: str) -> bytes:
-    try:
-        with path.open("rb") as file:
-            data = file.read(_MAX_FILE_BYTES + 1)
-    except OSError as error:
-        raise ConfigError(f"{key}: cannot read {path}: {error.strerror}", key=key) from None
-    if len(data) > _MAX_FILE_BYTES:
-        raise ConfigError(f"{key}: {path} is larger than 1 MiB", key=key)
-    return data

@@ -24,9 +24,9 @@ from toppy.config.gateway import (
 )
 from toppy.errors import ConfigError
 from toppy.system.certificate_authority import issue_self_signed, names_of
+from toppy.system.files import read_file
 
 SYSTEM_CONFIG = "/etc/toppy/gateway.toml"
-_MAX_FILE_BYTES = 1 << 20
 _MIN_TOKEN_CHARACTERS = 8
 
 _Read = Callable[..., bytes]
@@ -64,7 +64,7 @@ def load_config(path: Path | None, environ: Mapping[str, str]) -> LoadedConfig:
     text, source = "", "environment"
     if path is not None:
         source = str(path)
-        text = _read(path, "configuration").decode("utf-8", "replace")
+        text = read_file(path, "configuration").decode("utf-8", "replace")
     return parse_gateway_config(text, source, environ)
 
 
@@ -77,7 +77,7 @@ def load_settings(path: Path | None, environ: Mapping[str, str]) -> GatewaySetti
 
     def read(value: str, key: str, *, is_secret: bool = False) -> bytes:
         where = Path(resolve_path(base, value))
-        data = _read(where, key)
+        data = read_file(where, key)
         if is_secret and where.stat().st_mode & (stat.S_IRGRP | stat.S_IROTH):
             warnings.append(f"{key}: {where} can be read by others; run: chmod 600 {where}")
         return data
@@ -117,17 +117,6 @@ def runtime_directory(path: Path | None, environ: Mapping[str, str]) -> Path:
 
 def _base_directory(path: Path | None) -> str:
     return str(path.absolute().parent if path is not None else Path.cwd())
-
-
-def _read(path: Path, what: str) -> bytes:
-    try:
-        with path.open("rb") as file:
-            data = file.read(_MAX_FILE_BYTES + 1)
-    except OSError as error:
-        raise ConfigError(f"{what}: cannot read {path}: {error.strerror}", key=what) from None
-    if len(data) > _MAX_FILE_BYTES:
-        raise ConfigError(f"{what}: {path} is larger than 1 MiB", key=what)
-    return data
 
 
 def _read_text(read: _Read, value: str, key: str) -> str:

@@ -65,6 +65,10 @@ class Worker:
         self.started_at = time.time()
         self.serving = asyncio.Event()
 
+    def is_proved_by(self, secret: str) -> bool:
+        """Whether a message with ``secret`` comes from this worker."""
+        return hmac.compare_digest(self.secret.encode(), secret.encode("utf-8", "surrogatepass"))
+
     def handle(self, happened: WorkerInput) -> None:
         """Take one step of the lifecycle; raises ``IllegalTransitionError``."""
         self.state = next_state(self.state, happened)
@@ -238,7 +242,7 @@ class Supervisor:
 
     def _greet(self, peer: Peer, hello: Hello) -> None:
         worker = self.workers.get(hello.slot)
-        if worker is None or not hmac.compare_digest(worker.secret, hello.secret):
+        if worker is None or not worker.is_proved_by(hello.secret):
             _log.warning("a process that we did not start said hello", pid=hello.pid)
             return
         try:
@@ -271,7 +275,7 @@ class Supervisor:
 
     def _receive_report(self, report: Report) -> None:
         worker = self.workers.get(report.slot)
-        if worker is None or not hmac.compare_digest(worker.secret, report.secret):
+        if worker is None or not worker.is_proved_by(report.secret):
             return  # the last words of a worker that has been replaced, or a stranger
         with contextlib.suppress(IllegalTransitionError):
             worker.handle(WorkerInput.REPORT)

@@ -47,6 +47,13 @@ def _post(socket: zmq.asyncio.Socket, frames: list[bytes]) -> bool:
     return sent.exception() is None
 
 
+def _single(frames: list[bytes]) -> bytes:
+    """The frame of a message that must have one; raises ``IpcError``."""
+    if len(frames) != 1:
+        raise IpcError(f"an IPC message has one frame, not {len(frames)}")
+    return frames[0]
+
+
 class ControlServer:
     """The control plane's end of both channels."""
 
@@ -74,9 +81,9 @@ class ControlServer:
         on_garbage: Callable[[IpcError], None],
     ) -> None:
         while True:
-            peer, data = await self._control.recv_multipart()  # ROUTER: the peer's name first
+            peer, *frames = await self._control.recv_multipart()  # ROUTER: the peer's name first
             try:
-                message = parse_from_worker(data)
+                message = parse_from_worker(_single(frames))
             except IpcError as error:
                 on_garbage(error)
                 continue
@@ -86,9 +93,9 @@ class ControlServer:
         self, on_report: Callable[[Report], None], on_garbage: Callable[[IpcError], None]
     ) -> None:
         while True:
-            data = await self._reports.recv()
+            frames = await self._reports.recv_multipart()
             try:
-                report = parse_report(data)
+                report = parse_report(_single(frames))
             except IpcError as error:
                 on_garbage(error)
                 continue
@@ -126,9 +133,9 @@ class ControlClient:
     ) -> None:
         """Hand every message on until cancelled."""
         while True:
-            data = await self._control.recv()
+            frames = await self._control.recv_multipart()
             try:
-                message = parse_to_worker(data)
+                message = parse_to_worker(_single(frames))
             except IpcError as error:
                 on_garbage(error)
                 continue
