@@ -21,6 +21,7 @@ from toppy.system.certificate_authority import (
     CA_DAYS,
     SERVER_DAYS,
     KeyPair,
+    check_pair,
     issue_self_signed,
     issue_server_certificate,
     make_ca,
@@ -201,3 +202,17 @@ def test_a_client_that_pins_a_self_signed_certificate_is_served(engine: str) -> 
         server_name="localhost",
     )
     link.run_until(lambda: client.is_ready and gateway.is_ready)
+
+
+def test_a_pair_that_fits_passes_and_every_other_is_named() -> None:
+    ca = make_ca()
+    server, other = (issue_server_certificate(ca, ("localhost",)) for _ in range(2))
+    check_pair(server.certificate_pem + ca.certificate_pem, server.key_pem)
+    for certificate, key, reason in (
+        (server.certificate_pem, other.key_pem, "not the certificate's"),
+        (b"nonsense", server.key_pem, "no PEM certificate"),
+        (server.certificate_pem, b"nonsense", "no PEM private key"),
+        (server.certificate_pem, server.certificate_pem, "no PEM private key"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            check_pair(certificate, key)

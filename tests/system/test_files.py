@@ -17,7 +17,7 @@ def test_a_file_is_read_whole(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["missing", "."])
 def test_what_cannot_be_read_is_named_with_its_key(tmp_path: Path, name: str) -> None:
-    with pytest.raises(ConfigError, match="tls.private_key: cannot read") as refused:
+    with pytest.raises(ConfigError, match=r"tls\.private_key: cannot read") as refused:
         read_file(tmp_path / name, "tls.private_key")
     assert refused.value.key == "tls.private_key"
 

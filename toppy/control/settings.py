@@ -23,7 +23,7 @@ from toppy.config.gateway import (
     resolve_path,
 )
 from toppy.errors import ConfigError
-from toppy.system.certificate_authority import issue_self_signed, names_of
+from toppy.system.certificate_authority import check_pair, issue_self_signed, names_of
 from toppy.system.files import read_file
 
 SYSTEM_CONFIG = "/etc/toppy/gateway.toml"
@@ -85,6 +85,10 @@ def load_settings(path: Path | None, environ: Mapping[str, str]) -> GatewaySetti
     if config.tls.certificate:
         chain = read(config.tls.certificate, "tls.certificate")
         key = read(config.tls.private_key, "tls.private_key", is_secret=True)
+        try:
+            check_pair(chain, key)
+        except ValueError as error:
+            raise ConfigError(f"tls: {error}", key="tls.certificate") from None
         names = _names(chain)
         _check_key(chain, key)
     else:

@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from toppy.control.admission import Admission
 from toppy.control.listeners import Listeners
@@ -117,18 +118,32 @@ class Supervisor:
             self._listeners.steer(list(self._slots))
             for slot in self._slots:
                 await self._spawn(slot)
-            try:
-                async with asyncio.timeout(START_DEADLINE_S):
-                    for slot in self._slots:
-                        await self.workers[slot].serving.wait()
-            except TimeoutError:
-                raise ResourceLimitError(
-                    f"the workers did not come up within {START_DEADLINE_S:.0f} s; "
-                    "the log above says why"
-                ) from None
+            await self._await_first_workers(group)
             for slot in self._slots:
                 group.create_task(self._keep_alive(slot))
             on_serving()
+
+    async def _await_first_workers(self, group: asyncio.TaskGroup) -> None:
+        async def wait_for_all() -> None:
+            for worker in self.workers.values():
+                await worker.serving.wait()
+
+        ends = [group.create_task(worker.process.wait()) for worker in self.workers.values()]
+        serving = group.create_task(wait_for_all())
+        waited_for: set[asyncio.Task[Any]] = {serving, *ends}
+        try:
+            await asyncio.wait(
+                waited_for, timeout=START_DEADLINE_S, return_when=asyncio.FIRST_COMPLETED
+            )
+            if not serving.done():
+                raise ResourceLimitError(
+                    "the workers did not come up: "
+                    + ("one ended; " if any(end.done() for end in ends) else "they take too long; ")
+                    + "the log above says why"
+                )
+        finally:
+            for task in waited_for:
+                task.cancel()
 
     async def stop(self, deadline_s: float) -> None:
         """Tell every worker to stop; what still runs after ``deadline_s`` is killed."""

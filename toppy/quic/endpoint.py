@@ -210,15 +210,17 @@ class Endpoint:
                 if session is not None:
                     if (event.connection, event.stream_id) not in self._given_up:
                         self._handle_stream(session, event, now)
-                elif (
-                    isinstance(event, StreamDataReceived)
-                    and event.connection in self._raw_connections
-                ):
-                    self._events.append(
-                        RawStreamReceived(
-                            event.connection, event.stream_id, event.data, event.ended
-                        )
-                    )
+                elif event.connection in self._raw_connections:
+                    self._handle_raw_stream(event)
+
+    def _handle_raw_stream(
+        self, event: StreamDataReceived | StreamReset | StopSendingReceived
+    ) -> None:
+        connection, stream_id = event.connection, event.stream_id
+        if isinstance(event, StreamDataReceived):
+            self._events.append(RawStreamReceived(connection, stream_id, event.data, event.ended))
+        else:
+            self._events.append(StreamAborted(connection, stream_id, event.error_code))
 
     def _open(self, event: HandshakeCompleted, now: float) -> None:
         connection = event.connection

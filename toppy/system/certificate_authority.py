@@ -8,12 +8,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
     NoEncryption,
     PrivateFormat,
+    load_pem_private_key,
 )
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
@@ -80,6 +82,23 @@ def names_of(certificate_pem: bytes) -> tuple[str, ...]:
     return tuple(name.lower() for name in found.get_values_for_type(x509.DNSName)) + tuple(
         str(address) for address in found.get_values_for_type(x509.IPAddress)
     )
+
+
+def check_pair(certificate_pem: bytes, key_pem: bytes) -> None:
+    """Raise ``ValueError`` unless the first certificate belongs to the key and is valid now."""
+    try:
+        certificate = x509.load_pem_x509_certificates(certificate_pem)[0]
+    except ValueError:
+        raise ValueError("the certificate file has no PEM certificate") from None
+    try:
+        key = load_pem_private_key(key_pem, None)
+    except (ValueError, TypeError, UnsupportedAlgorithm):
+        raise ValueError("the key file has no PEM private key without a passphrase") from None
+    if key.public_key() != certificate.public_key():
+        raise ValueError("the private key is not the certificate's")
+    now = datetime.datetime.now(datetime.UTC)
+    if now >= certificate.not_valid_after_utc:
+        raise ValueError(f"the certificate expired on {certificate.not_valid_after_utc:%Y-%m-%d}")
 
 
 def _server_builder(

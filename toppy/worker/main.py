@@ -193,6 +193,7 @@ class Worker:
         counters = self._router.snapshot()
         counters.socket_overflow = sum(sock.overflow for sock in self._sockets)
         counters.send_errors = self._driver.send_errors
+        counters.send_errors = self._driver.send_errors
         self._control.report(Report(settings.slot, settings.generation, settings.secret, counters))
 
 

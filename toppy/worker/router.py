@@ -226,10 +226,7 @@ class Router:
             case BodyReceived():
                 self._receive_body(event, now)
             case StreamAborted(connection=connection, stream_id=stream_id):
-                tunnel = self._tunnels.get((connection, stream_id // 4))
-                if tunnel is not None:
-                    self._endpoint.abort_stream(connection, stream_id, H3_REQUEST_CANCELLED)
-                    self._forget(tunnel)
+                self._receive_abort(connection, stream_id)
             case ConnectionAccepted(connection=connection, source=source):
                 self._gate.accepted(connection, source, now)
                 self.counters.connections_total += 1
@@ -249,6 +246,17 @@ class Router:
                         self._forget(tunnel, from_peer=False)
             case RawStreamReceived():
                 self._receive_ping(event, now)
+
+    def _receive_abort(self, connection: int, stream_id: int) -> None:
+        tunnel = self._tunnels.get((connection, stream_id // 4))
+        if tunnel is not None:
+            self._endpoint.abort_stream(connection, stream_id, H3_REQUEST_CANCELLED)
+            self._forget(tunnel)
+            return
+        peer = self._peers.get(connection)
+        if peer is not None and peer.pings is not None:
+            peer.pings.pop(stream_id, None)
+            self._engine.reset_stream(connection, stream_id, H3_REQUEST_CANCELLED)
 
     # requests
 
