@@ -47,7 +47,7 @@ class GatewaySettings:
     ca_certificates_pem: bytes | None
     authorization: str | None = field(repr=False)
     engine: str = "auto"
-    congestion_control: CongestionControl = "cubic"
+    congestion_control: CongestionControl = "bbr"
     initial_packet_bytes: int = 1350
     buffer_bytes: int = 4 << 20
 

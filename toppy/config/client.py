@@ -125,7 +125,7 @@ class ClientQuicSection(Section):
     """The QUIC engine."""
 
     engine: Engine = setting("auto", "`native`, `aioquic`, or `auto`: the best there is.")
-    congestion_control: CongestionControl = setting("cubic", "How sending adapts to the path.")
+    congestion_control: CongestionControl = setting("bbr", "How sending adapts to the path.")
 
 
 class ClientConfig(Section):

@@ -193,7 +193,7 @@ class QuicSection(Section):
         "auto", "`native` (fast, where it was built), `aioquic` (portable), `auto`: the best."
     )
     congestion_control: CongestionControl = setting(
-        "cubic", "How sending adapts to the path; aioquic has no `bbr` and uses `cubic` for it."
+        "bbr", "How sending adapts to the path; aioquic has no `bbr` and uses `cubic` for it."
     )
     idle_timeout_s: float = setting(
         30.0, "A connection that is silent for so long is closed.", ge=1, le=3600

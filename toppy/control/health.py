@@ -13,8 +13,13 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 _NO_STORE = {"cache-control": "no-store"}
+_MAX_CONNECTIONS = 512
+"""More are answered 503."""
+_CONNECTION_LIFETIME_S = 10.0
+"""Longer than any answer takes; a client that stays connects again."""
 
 
 def health_app(is_healthy: Callable[[], bool], metrics: Callable[[], bytes]) -> Starlette:
@@ -44,6 +49,14 @@ def admin_app(status: Callable[[], dict[str, Any]]) -> Starlette:
     return Starlette(routes=[Route("/status", show)])
 
 
+class _BriefProtocol(H11Protocol):
+    """Ends every connection after a while, so that those who never ask cannot take all places."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self.loop.call_later(_CONNECTION_LIFETIME_S, transport.abort)
+
+
 class _Server(uvicorn.Server):
     """Leaves signals to the control plane."""
 
@@ -60,7 +73,8 @@ async def serve_http(app: Starlette, sock: socket.socket) -> None:
         access_log=False,
         lifespan="off",
         server_header=False,
-        limit_concurrency=64,
+        http=_BriefProtocol,
+        limit_concurrency=_MAX_CONNECTIONS,
         timeout_keep_alive=5,
         h11_max_incomplete_event_size=8192,
     )

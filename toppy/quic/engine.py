@@ -53,7 +53,7 @@ class EngineConfig:
     idle_timeout_s: float = 30.0
     keep_alive_s: float | None = None
     """Client only: send a PING when nothing was sent for so long. None: never."""
-    congestion_control: CongestionControl = "cubic"
+    congestion_control: CongestionControl = "bbr"
     """aioquic has no BBR: it uses CUBIC instead."""
     initial_packet_bytes: int = 1350
     """UDP payload of the first packets; 1,350 lets an inner QUIC Initial (1,200 B) pass."""

@@ -269,6 +269,7 @@ class Router:
         if existing is not None:  # trailers: the capsule protocol has none
             self._close_tunnel(existing, H3_CONNECT_ERROR)
             return
+        peer.newest_request = max(peer.newest_request, stream_id // 4)
         try:
             request = validate_request(event.headers)
         except RequestError as error:
@@ -284,7 +285,6 @@ class Router:
             denial = Denial(429, "connection_limit_reached", "too many tunnels on this connection")
             self._refuse(connection, stream_id, denial)
             return
-        peer.newest_request = max(peer.newest_request, stream_id // 4)
         protocol = peer.early.pop(stream_id // 4, None) or self._new_protocol()
         tunnel = Tunnel(connection, stream_id, protocol, now=now)
         target = request.target
