@@ -1,0 +1,1 @@
+"""``make bench``: what the gateway does, measured from outside on one machine."""
