@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import signal
 import socket
@@ -21,19 +22,40 @@ DEADLINE_S = 20.0
 """For anything to come up, on a loaded machine."""
 
 
-def free_udp_port(host: str = "127.0.0.1") -> int:
-    """A UDP port that nobody had a moment ago."""
+_PORTS_PER_PROCESS = 3000
+_FIRST_PORT = 20_000
+"""Below the kernel's ephemeral ports (32,768 up), which any socket may take at any time."""
+
+
+def _port_candidates() -> Iterator[int]:
+    """Every port of this test process's own share, again and again."""
+    index = int(os.environ.get("PYTEST_XDIST_WORKER", "gw3").removeprefix("gw")) % 4
+    first = _FIRST_PORT + index * _PORTS_PER_PROCESS
+    start = os.getpid() * 37 % _PORTS_PER_PROCESS
+    for step in itertools.count(start):
+        yield first + step % _PORTS_PER_PROCESS
+
+
+_candidates = _port_candidates()
+
+
+def _free_port(host: str, kind: socket.SocketKind) -> int:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_DGRAM) as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
+    for port in itertools.islice(_candidates, _PORTS_PER_PROCESS):
+        with socket.socket(family, kind) as probe, contextlib.suppress(OSError):
+            probe.bind((host, port))
+            return port
+    raise AssertionError("no free port")
+
+
+def free_udp_port(host: str = "127.0.0.1") -> int:
+    """A UDP port that nobody has, and that no other test process will try."""
+    return _free_port(host, socket.SOCK_DGRAM)
 
 
 def free_tcp_port() -> int:
-    """A TCP port that nobody had a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A TCP port that nobody has, and that no other test process will try."""
+    return _free_port("127.0.0.1", socket.SOCK_STREAM)
 
 
 def wait_until(what: str, condition: Callable[[], bool], deadline_s: float = DEADLINE_S) -> None:
