@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from toppy.net import udp_socket
 from toppy.net.udp_socket import SendResult, UdpSocket, bind_udp, connect_udp
 
 BUFFER_BYTES = 200_000  # what Linux grants to everybody
@@ -554,3 +555,52 @@ def test_the_buffers_are_as_large_as_the_kernel_allows(host: str) -> None:
         # the kernel doubles what it is asked for
         assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) == 200_000
         assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) == 200_000
+
+
+def wait_for(sock: UdpSocket) -> tuple[memoryview, int, tuple[str, int]]:
+    wait_readable(sock)
+    batch = sock.receive()
+    assert batch is not None
+    return batch
+
+
+@pytest.mark.parametrize("asked_on", ["127.0.0.1", "127.0.0.7"])
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_wildcard_server_answers_from_the_address_that_it_was_asked_on(
+    asked_on: str, count: int
+) -> None:
+    server = UdpSocket(bind_udp("0.0.0.0", 0, buffer_bytes=1 << 16), answers_from_same_address=True)
+    client = UdpSocket(bind_udp("127.0.0.2", 0, buffer_bytes=1 << 16))
+    port = server.local_address[1]
+    assert client.send(b"asked", 0, (asked_on, port)) is SendResult.SENT
+    question = wait_for(server)
+    assert question[2] == client.local_address
+    assert server.send(b"x" * count, 1, question[2]) is SendResult.SENT
+    assert wait_for(client)[2] == (asked_on, port)
+    server.close()
+    client.close()
+
+
+def test_an_ipv6_wildcard_server_answers_its_peers_too() -> None:
+    server = UdpSocket(bind_udp("::", 0, buffer_bytes=1 << 16), answers_from_same_address=True)
+    client = UdpSocket(bind_udp("::1", 0, buffer_bytes=1 << 16))
+    client.send(b"asked", 0, ("::1", server.local_address[1]))
+    question = wait_for(server)
+    assert server.send(b"answer", 2, question[2]) is SendResult.SENT
+    assert wait_for(client)[2] == ("::1", server.local_address[1])
+    server.close()
+    client.close()
+
+
+def test_the_peers_remembered_have_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(udp_socket, "MAX_REMEMBERED_PEERS", 2)
+    server = UdpSocket(bind_udp("0.0.0.0", 0, buffer_bytes=1 << 16), answers_from_same_address=True)
+    clients = [UdpSocket(bind_udp("127.0.0.1", 0, buffer_bytes=1 << 16)) for _ in range(3)]
+    for client in clients:
+        client.send(b"asked", 0, ("127.0.0.9", server.local_address[1]))
+        wait_for(server)
+    remembered = server._reached_at
+    assert remembered is not None
+    assert list(remembered) == [client.local_address for client in clients[1:]]
+    for sock in (server, *clients):
+        sock.close()

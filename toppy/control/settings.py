@@ -8,10 +8,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives.serialization import load_pem_private_key
-from cryptography.x509 import load_pem_x509_certificate
-
 from toppy.auth.authenticator import Authenticator
 from toppy.auth.bearer import StaticToken
 from toppy.auth.jwt import JwtVerifier
@@ -88,9 +84,12 @@ def load_settings(path: Path | None, environ: Mapping[str, str]) -> GatewaySetti
         try:
             check_pair(chain, key)
         except ValueError as error:
-            raise ConfigError(f"tls: {error}", key="tls.certificate") from None
+            raise ConfigError(
+                f"tls.certificate = {config.tls.certificate!r}, tls.private_key = "
+                f"{config.tls.private_key!r}: {error}",
+                key="tls.certificate",
+            ) from None
         names = _names(chain)
-        _check_key(chain, key)
     else:
         made = issue_self_signed(("localhost", "127.0.0.1", "::1"))
         chain, key = made.certificate_pem, made.key_pem
@@ -138,21 +137,6 @@ def _names(chain_pem: bytes) -> tuple[str, ...]:
         raise ConfigError(
             "tls.certificate: the file has no PEM certificate", key="tls.certificate"
         ) from None
-
-
-def _check_key(chain_pem: bytes, key_pem: bytes) -> None:
-    """Find out here, not in every worker, that the key is no key or another certificate's."""
-    try:
-        key = load_pem_private_key(key_pem, password=None)
-    except (ValueError, TypeError, UnsupportedAlgorithm):
-        raise ConfigError(
-            "tls.private_key: the file has no PEM private key (without a passphrase)",
-            key="tls.private_key",
-        ) from None
-    if key.public_key() != load_pem_x509_certificate(chain_pem).public_key():
-        raise ConfigError(
-            "tls.private_key: the key does not belong to the certificate", key="tls.private_key"
-        )
 
 
 def _authenticator(auth: AuthSection, read: _Read, *, is_open: bool) -> Authenticator:

@@ -40,11 +40,24 @@ _SO_MEMINFO = 55
 _MEMINFO = struct.Struct("=9I")
 _MEMINFO_DROPS = 8
 
+_IP_PKTINFO = 8
+_IPV6_RECVPKTINFO = 49
+_IPV6_PKTINFO = 50
+_IN_PKTINFO = struct.Struct("=I4s4s")  # interface, source to use, destination it had
+_IN6_PKTINFO = struct.Struct("=16sI")  # address, interface
+
 _UINT16 = struct.Struct("=H")
 _INT = struct.Struct("=i")
 _ANCILLARY_BYTES = socket.CMSG_SPACE(_INT.size)
 
+_ANCILLARY_WITH_ADDRESS_BYTES = _ANCILLARY_BYTES + socket.CMSG_SPACE(_IN6_PKTINFO.size)
+
 _Target = tuple[Any, ...] | None
+_Ancillary = tuple[tuple[int, int, bytes], ...]
+
+MAX_REMEMBERED_PEERS: Final = 65_536
+"""Peers whose way to us a wildcard socket remembers; beyond it the oldest is forgotten, and the
+kernel chooses the source address of what goes there, until it sends again."""
 
 # What a peer or a path can cause. Anything else (EBADF, EFAULT, …) is a mistake of ours: raised.
 _UNREACHABLE = frozenset(
@@ -152,20 +165,33 @@ class UdpSocket:
     """
 
     __slots__ = (
+        "_ancillary_bytes",
         "_drops_before",
         "_is_connected",
         "_max_gso_segment",
+        "_reached_at",
         "_recvmsg_into",
         "_send_one",
         "_sendmsg",
         "_sendto",
         "_socket",
+        "_source",
         "is_ipv6",
         "sent_bytes",
         "unreachable",
     )
 
-    def __init__(self, sock: socket.socket, *, gso: bool = True, gro: bool = True) -> None:
+    def __init__(
+        self,
+        sock: socket.socket,
+        *,
+        gso: bool = True,
+        gro: bool = True,
+        answers_from_same_address: bool = False,
+    ) -> None:
+        """``answers_from_same_address``: on a host with several addresses, a server's wildcard
+        socket must answer from the one that it was asked on, or the peer drops the answer.
+        """
         sock.setblocking(False)
         self._socket = sock
         self._recvmsg_into = sock.recvmsg_into
@@ -178,6 +204,17 @@ class UdpSocket:
         if gro:
             with contextlib.suppress(OSError):  # Linux before 5.0: datagrams come one by one
                 sock.setsockopt(_SOL_UDP, _UDP_GRO, 1)
+        self._ancillary_bytes = _ANCILLARY_BYTES
+        self._reached_at: dict[Address, _Ancillary] | None = None
+        if answers_from_same_address and _is_wildcard(sock):
+            if self.is_ipv6:
+                sock.setsockopt(socket.IPPROTO_IPV6, _IPV6_RECVPKTINFO, 1)
+            else:
+                sock.setsockopt(socket.IPPROTO_IP, _IP_PKTINFO, 1)
+            self._ancillary_bytes = _ANCILLARY_WITH_ADDRESS_BYTES
+            self._reached_at = {}
+        self._source: _Ancillary = ()
+        """The source address of the ``send`` under way, where it is not the kernel's choice."""
         self._drops_before = self._kernel_drops()
         self.unreachable = 0
         """How often the network said that something sent could not arrive."""
@@ -217,7 +254,9 @@ class UdpSocket:
         """
         for _ in range(_ERRORS_PER_RECEIVE):
             try:
-                size, ancillary, _, address = self._recvmsg_into(_receive_buffers, _ANCILLARY_BYTES)
+                size, ancillary, _, address = self._recvmsg_into(
+                    _receive_buffers, self._ancillary_bytes
+                )
             except BlockingIOError:
                 return None
             except OSError as error:
@@ -233,8 +272,30 @@ class UdpSocket:
                 address = (
                     address[:2] if not address[3] else (f"{address[0]}%{address[3]}", address[1])
                 )
+            if self._reached_at is not None:
+                self._remember(address, ancillary)
             return _receive_buffer[:size], segment_size, address
         return None
+
+    def _remember(self, peer: Address, ancillary: list[tuple[int, int, bytes]]) -> None:
+        """Which of our addresses ``peer`` talks to, in the form that a send takes."""
+        assert self._reached_at is not None
+        for level, kind, data in ancillary:
+            if level == socket.IPPROTO_IP and kind == _IP_PKTINFO:
+                _, _, ours = _IN_PKTINFO.unpack(data)
+                info = _IN_PKTINFO.pack(0, ours, bytes(4))
+            elif level == socket.IPPROTO_IPV6 and kind == _IPV6_PKTINFO:
+                ours, interface = _IN6_PKTINFO.unpack(data)
+                # only a link-local peer needs its interface; others follow the routes
+                info = _IN6_PKTINFO.pack(ours, interface if "%" in peer[0] else 0)
+            else:
+                continue
+            known = self._reached_at.get(peer)
+            if known is not None and known[0][2] == info:
+                return
+            if known is None and len(self._reached_at) >= MAX_REMEMBERED_PEERS:
+                del self._reached_at[next(iter(self._reached_at))]
+            self._reached_at[peer] = ((level, kind, info),)
 
     def send(
         self, payloads: Buffer, segment_size: int, address: Address | None = None
@@ -252,6 +313,8 @@ class UdpSocket:
         else:
             target = address
         size = len(payloads)
+        if self._reached_at is not None and address is not None:
+            self._source = self._reached_at.get(address, ())
         if not segment_size or size <= segment_size:
             return self._send_single(payloads, target)
         if segment_size > self._max_gso_segment:
@@ -265,6 +328,8 @@ class UdpSocket:
         try:
             if target is None:
                 self._send_one(payload)
+            elif self._source:
+                self._sendmsg((payload,), self._source, 0, target)
             else:
                 self._sendto(payload, target)
         except BlockingIOError:
@@ -291,7 +356,7 @@ class UdpSocket:
         self, payloads: Buffer, segment_size: int, target: _Target, done: int
     ) -> SendResult:
         """One system call; ``done`` bytes of the same ``send`` went out before."""
-        ancillary = ((_SOL_UDP, _UDP_SEGMENT, _UINT16.pack(segment_size)),)
+        ancillary = ((_SOL_UDP, _UDP_SEGMENT, _UINT16.pack(segment_size)), *self._source)
         try:
             if target is None:
                 self._sendmsg((payloads,), ancillary)
@@ -432,6 +497,10 @@ def _is_connected(sock: socket.socket) -> bool:
     except OSError:
         return False
     return True
+
+
+def _is_wildcard(sock: socket.socket) -> bool:
+    return sock.getsockname()[0] in ("0.0.0.0", "::")  # noqa: S104  # compared, not bound
 
 
 def _plain_address(address: tuple[str, int] | tuple[str, int, int, int]) -> Address:

@@ -113,6 +113,7 @@ class Worker:
                 socket.socket(fileno=descriptor),
                 gso=settings.quic["gso"],
                 gro=settings.quic["gro"],
+                answers_from_same_address=True,
             )
             for descriptor in settings.sockets
         ]
