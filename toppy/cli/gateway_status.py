@@ -17,6 +17,9 @@ _TIMEOUT_S = 5.0
 def fetch_status(runtime_dir: Path) -> dict[str, Any]:
     """Ask through the unix socket. Raises ``ConfigError`` when nobody answers."""
     path = runtime_dir / ADMIN_SOCKET
+    advice = "is it running, with this configuration, and may this user read its runtime_dir?"
+    if not path.is_socket():
+        raise ConfigError(f"no gateway answers at {path} (there is no socket); {advice}")
     transport = httpx.HTTPTransport(uds=str(path))
     try:
         with httpx.Client(transport=transport, timeout=_TIMEOUT_S, trust_env=False) as client:
@@ -25,10 +28,7 @@ def fetch_status(runtime_dir: Path) -> dict[str, Any]:
             facts: dict[str, Any] = answer.json()
             return facts
     except (httpx.HTTPError, ValueError) as error:
-        raise ConfigError(
-            f"no gateway answers at {path} ({error}); is it running, with this configuration, "
-            "and may this user read its runtime_dir?"
-        ) from None
+        raise ConfigError(f"no gateway answers at {path} ({error}); {advice}") from None
 
 
 def render_status(facts: dict[str, Any]) -> str:
