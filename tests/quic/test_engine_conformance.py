@@ -304,6 +304,13 @@ class TestTheEnd:
         pair.link.run_for(60.0)
         assert len(pair.client.of(ConnectionClosed)) == len(pair.server.of(ConnectionClosed)) == 1
 
+    def test_a_reason_cannot_steer_a_terminal(self, pair: Pair) -> None:
+        reason = "\x1b[31mred\nline"
+        pair.server.engine.close(pair.accepted, 0x100, reason, pair.link.now)
+        pair.link.run_until(lambda: pair.client.closed)
+        assert pair.client.closed is not None
+        assert pair.client.closed.reason == "?[31mred?line"
+
     def test_a_reason_may_be_long_or_empty(self, engines: tuple[str, str]) -> None:
         for reason in ("", "lang " * 100, "ü" * 333):
             pair = connect_pair(*engines)

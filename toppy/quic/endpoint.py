@@ -290,7 +290,7 @@ class Endpoint:
         if size > self._max_header_bytes:
             session.abort(event.stream_id, H3_EXCESSIVE_LOAD)
             return
-        if self._is_client and dict(event.headers)[b":status"].startswith(b"1"):
+        if self._is_client and dict(event.headers).get(b":status", b"").startswith(b"1"):
             return  # an interim response (RFC 9114 section 4.1) says nothing about the tunnel
         self._events.append(
             HeadersReceived(connection, event.stream_id, event.headers, event.stream_ended)

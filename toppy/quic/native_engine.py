@@ -27,6 +27,15 @@ from toppy.quic.engine import (
     Transmit,
 )
 
+
+def _connection_closed(
+    connection: int, error_code: int, reason: str, by_peer: bool
+) -> ConnectionClosed:
+    # the peer chose the reason, and it goes to a terminal
+    shown = "".join(each if each.isprintable() else "?" for each in reason)
+    return ConnectionClosed(connection, error_code, shown, by_peer)
+
+
 # in the order of `event_tuple` in native/src/python.rs
 _EVENTS: Final[tuple[Callable[..., Event], ...]] = (
     ConnectionAccepted,
@@ -34,7 +43,7 @@ _EVENTS: Final[tuple[Callable[..., Event], ...]] = (
     StreamDataReceived,
     StreamReset,
     StopSendingReceived,
-    ConnectionClosed,
+    _connection_closed,
 )
 
 

@@ -42,8 +42,12 @@ ECHO_PORTS = (7, 9)
 """The built-in echo answers for the gateway's own name on echo's and discard's port (T-066)."""
 
 _PING_BYTES = 8192 + 5
+_OVERFLOW_INTERVAL_S = 5.0
+"""Only a tunnel that was busy so recently can have lost something; a few ticks fit in."""
 _EARLY_STREAMS = 16
 """Of how many requests that are still on their way one connection's datagrams are held."""
+
+_ENDED_EARLY = Denial(400, "http_request_error", "the request ended before the tunnel began")
 
 _DROP_REASON = {
     SendResult.WOULD_BLOCK: DropReason.TARGET_BUFFER_FULL,
@@ -75,6 +79,11 @@ class TargetSocket(Protocol):
         """How much of the payloads went out when ``send`` did not answer SENT."""
         ...
 
+    @property
+    def overflow(self) -> int:
+        """Datagrams from the target that the kernel has dropped so far: the buffer was full."""
+        ...
+
     def send(self, payloads: Buffer, segment_size: int) -> SendResult: ...
 
     def close(self) -> None: ...
@@ -103,6 +112,7 @@ class Tunnel:
         "datagrams_to_target",
         "grant",
         "last_active",
+        "overflow",
         "protocol",
         "stream_id",
         "target",
@@ -117,6 +127,7 @@ class Tunnel:
         self.grant: Grant | None = None
         self.target: TargetSocket | None = None
         self.capsules_only = False
+        self.overflow = 0
         self.datagrams_to_target = 0
         self.datagrams_to_client = 0
 
@@ -278,8 +289,7 @@ class Router:
             )
             return
         if event.ended:
-            denial = Denial(400, "http_request_error", "the request ended before the tunnel began")
-            self._refuse(connection, stream_id, denial)
+            self._refuse(connection, stream_id, _ENDED_EARLY)
             return
         if len(peer.tunnels) >= self._limits.max_tunnels_per_connection:
             denial = Denial(429, "connection_limit_reached", "too many tunnels on this connection")
@@ -402,7 +412,9 @@ class Router:
                 self._drop(DropReason.EARLY_QUEUE_FULL, protocol.hold(payload, len(payload)))
             else:
                 self._send_to_target(tunnel, payload, len(payload), now)
-        if event.ended:
+        if event.ended and tunnel.grant is None:
+            self._deny(tunnel, _ENDED_EARLY, now)
+        elif event.ended:
             self._endpoint.send_body(event.connection, event.stream_id, b"", end=True)
             self._forget(tunnel)
 
@@ -460,6 +472,12 @@ class Router:
         if count:
             self.counters.count_drop(reason, count)
 
+    def _count_overflow(self, tunnel: Tunnel) -> None:
+        if tunnel.target is not None:
+            overflow = tunnel.target.overflow
+            self._drop(DropReason.TARGET_OVERFLOW, overflow - tunnel.overflow)
+            tunnel.overflow = overflow
+
     # the end of things
 
     def _close_tunnel(self, tunnel: Tunnel, error_code: int) -> None:
@@ -472,6 +490,7 @@ class Router:
         if from_peer:
             self._peers[tunnel.connection].tunnels.discard(tunnel)
         if tunnel.target is not None:
+            self._count_overflow(tunnel)
             tunnel.target.close()
 
     def tick(self, now: float, unix_now: float) -> None:
@@ -500,6 +519,8 @@ class Router:
             grant = tunnel.grant
             if grant is None:
                 continue
+            if now - tunnel.last_active < _OVERFLOW_INTERVAL_S:
+                self._count_overflow(tunnel)
             is_expired = grant.expires_at is not None and unix_now >= grant.expires_at
             if is_expired or now - tunnel.last_active >= limits.tunnel_idle_timeout_s:
                 self._endpoint.send_body(tunnel.connection, tunnel.stream_id, b"", end=True)

@@ -43,6 +43,11 @@ class UdpTarget:
         """See ``TargetSocket``."""
         return self._socket.sent_bytes
 
+    @property
+    def overflow(self) -> int:
+        """See ``TargetSocket``."""
+        return self._socket.overflow
+
     def send(self, payloads: Buffer, segment_size: int) -> SendResult:
         """One stretch of payloads to the target."""
         return self._socket.send(payloads, segment_size)

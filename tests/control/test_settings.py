@@ -1,0 +1,98 @@
+"""From a configuration file to what the control plane works with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from toppy.control.init import write_development_files
+from toppy.control.settings import config_path, load_settings, runtime_directory
+from toppy.errors import ConfigError
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    """What ``toppy-gw init`` writes."""
+    write_development_files(
+        tmp_path, listen="127.0.0.1:4433", health="127.0.0.1:8080", names=("gw.test",), force=False
+    )
+    return tmp_path
+
+
+def test_what_init_writes_can_be_used(directory: Path) -> None:
+    settings = load_settings(directory / "gateway.toml", {})
+    assert settings.warnings == ()
+    assert settings.runtime_dir == directory / "run"
+    assert settings.source == str(directory / "gateway.toml")
+    assert {"localhost", "gw.test", "127.0.0.1", "::1"} <= set(settings.names)
+    token = (directory / "token").read_text().strip()
+    assert settings.authenticator.authenticate(f"Bearer {token}", 0.0).identity.subject == "token"
+
+
+def test_no_secret_is_in_its_repr(directory: Path) -> None:
+    settings = load_settings(directory / "gateway.toml", {"TOPPY_GW_TOKEN": "the-secret-token"})
+    shown = repr(settings)
+    assert "the-secret-token" not in shown
+    assert "PRIVATE KEY" not in shown
+    assert repr(settings.reset_key) not in shown
+    assert repr(settings.token_key) not in shown
+
+
+def test_keys_differ_from_start_to_start(directory: Path) -> None:
+    first = load_settings(directory / "gateway.toml", {})
+    second = load_settings(directory / "gateway.toml", {})
+    assert first.reset_key != second.reset_key
+    assert first.token_key != second.token_key
+    assert len(first.reset_key) == len(first.token_key) == 64
+
+
+@pytest.mark.parametrize("name", ["token", "server-key.pem"])
+def test_a_secret_that_others_can_read_is_a_warning(directory: Path, name: str) -> None:
+    (directory / name).chmod(0o640)
+    (warning,) = load_settings(directory / "gateway.toml", {}).warnings
+    assert f"chmod 600 {directory / name}" in warning
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("token", b"\xff\xfe not text \xff", "no UTF-8"),
+        ("token", b"short", "too short"),
+        ("token", b"\n", "too short"),
+        ("server.pem", b"", "tls.certificate"),
+        ("server.pem", bytes(2 << 20), "1 MiB"),
+        ("server-key.pem", b"", "tls.private_key"),
+    ],
+)
+def test_a_file_with_something_else_in_it_is_an_error(
+    directory: Path, name: str, content: bytes, expected: str
+) -> None:
+    (directory / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=expected):
+        load_settings(directory / "gateway.toml", {})
+
+
+def test_without_a_certificate_one_is_made_and_said(directory: Path) -> None:
+    text = (directory / "gateway.toml").read_text()
+    text = "\n".join(line for line in text.splitlines() if not line.startswith(("cert", "priv")))
+    (directory / "gateway.toml").write_text(text)
+    settings = load_settings(directory / "gateway.toml", {})
+    assert "localhost" in settings.names
+    assert any("self-signed" in warning for warning in settings.warnings)
+
+
+def test_the_flag_wins_over_the_environment() -> None:
+    assert config_path("/a.toml", {"TOPPY_GW_CONFIG": "/b.toml"}) == Path("/a.toml")
+    assert config_path(None, {"TOPPY_GW_CONFIG": "/b.toml"}) == Path("/b.toml")
+
+
+def test_a_file_that_is_not_there_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot read"):
+        load_settings(tmp_path / "nothing.toml", {})
+
+
+def test_the_runtime_directory_is_relative_to_the_file(directory: Path) -> None:
+    assert runtime_directory(directory / "gateway.toml", {}) == directory / "run"
+    elsewhere = {"TOPPY_GW_RUNTIME_DIR": "/run/other"}
+    assert runtime_directory(directory / "gateway.toml", elsewhere) == Path("/run/other")
