@@ -14,8 +14,10 @@ import pytest
 from integration.peers import start_peer
 from integration.processes import Gateway, free_udp_port, wait_until
 from tests.net.dns_server import DnsServer
+from toppy.quic.choose import has_native_engine
 
-ENGINES = ("native", "aioquic")
+ENGINES = ("native", "aioquic") if has_native_engine() else ("aioquic",)
+"""What gateways and clients are run on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +69,19 @@ def wait_for_metric(gateway: Gateway, expected: float, name: str, **labels: str)
         wait_until(name, lambda: value() >= expected, 10.0)
     except TimeoutError:
         raise AssertionError(f"{name} {labels} is {value()}, not {expected}") from None
+
+
+def wait_until_left(gateway: Gateway, connections: float) -> None:
+    """Until the gateway has seen ``connections`` in all, and nothing of them is left."""
+
+    def are_gone() -> bool:
+        return (
+            gateway.metric("toppy_gw_connections_total") >= connections
+            and gateway.metric("toppy_gw_open_connections") == 0
+            and gateway.metric("toppy_gw_open_tunnels") == 0
+        )
+
+    wait_until("the end of every connection", are_gone)
 
 
 @contextlib.contextmanager

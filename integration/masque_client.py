@@ -25,10 +25,10 @@ from aioquic.quic.events import (
     ConnectionTerminated,
     DatagramFrameReceived,
     QuicEvent,
-    StopSendingReceived,
     StreamReset,
 )
 
+from integration.conftest import ENGINES
 from integration.processes import Gateway
 from tests.quic.stranger import _ShortIds
 from toppy.net.quic_driver import QuicDriver
@@ -58,7 +58,7 @@ from toppy.wire.proxy_status import ProxyStatus, parse_proxy_status
 
 DEADLINE_S = 15.0
 """For any answer, on a loaded machine."""
-CLIENTS = ("native", "aioquic", "stranger")
+CLIENTS = (*ENGINES, "stranger")
 T = TypeVar("T")
 HeaderList = list[tuple[bytes, bytes]]
 
@@ -353,7 +353,7 @@ class Stranger(QuicConnectionProtocol):
                 self.closed.set_result(event.reason_phrase)
                 for tunnel in self.tunnels.values():
                     tunnel.ended(event.reason_phrase)
-            case StreamReset() | StopSendingReceived():
+            case StreamReset():
                 if event.stream_id in self.tunnels:
                     self.tunnels[event.stream_id].ended(
                         f"stream aborted with {event.error_code:#x}"
@@ -386,10 +386,10 @@ class Stranger(QuicConnectionProtocol):
         if item.stream_ended:
             tunnel.ended("the response ended")
 
-    def request(self, headers: HeaderList) -> Tunnel:
+    def request(self, headers: HeaderList, *, end: bool = False) -> Tunnel:
         stream_id = self._quic.get_next_available_stream_id()
         tunnel = self.tunnels[stream_id] = Tunnel(self, stream_id)
-        self.http.send_headers(stream_id, headers)
+        self.http.send_headers(stream_id, headers, end)
         self.transmit()
         return tunnel
 
@@ -414,11 +414,27 @@ class Stranger(QuicConnectionProtocol):
         self._quic.reset_stream(stream_id, error_code)
         self.transmit()
 
+    @property
+    def may_open_stream(self) -> bool:
+        """Whether the gateway allows one more; aioquic would open it all the same."""
+        opened: int = self._quic._local_next_stream_id_bidi // 4
+        return opened < self._quic._remote_max_streams_bidi
+
+    def send_raw(
+        self, data: bytes, *, is_unidirectional: bool = False, end: bool = False
+    ) -> Tunnel:
+        """Any bytes on a new stream, HTTP/3 or not."""
+        stream_id = self._quic.get_next_available_stream_id(is_unidirectional)
+        tunnel = self.tunnels[stream_id] = Tunnel(self, stream_id)
+        self._quic.send_stream_data(stream_id, data, end)
+        self.transmit()
+        return tunnel
+
 
 @contextlib.asynccontextmanager
 async def connected_engine(
     gateway: Gateway,
-    engine: str = "native",
+    engine: str = "auto",
     *,
     alpn: str = H3_ALPN,
     address: tuple[str, int] | None = None,
@@ -461,14 +477,15 @@ async def connected_stranger(
     peer = address or (gateway.host, gateway.port)
     make = QuicConnection if configuration.connection_id_length >= 8 else _ShortIds
     quic = make(configuration=configuration)
-    local = ("::1" if ":" in peer[0] else "127.0.0.1", 0)
+    local = "::1" if ":" in peer[0] else "127.0.0.1"
     transport, protocol = await asyncio.get_running_loop().create_datagram_endpoint(
-        lambda: Stranger(quic), local_addr=local
+        lambda: Stranger(quic), sock=bind_udp(local, 0, buffer_bytes=8 << 20)
     )
     protocol.authority = f"localhost:{gateway.port}"
     protocol.token = gateway.token
     try:
-        protocol.connect(peer)
+        # aioquic compares whole socket addresses
+        protocol.connect((*peer, 0, 0) if ":" in peer[0] else peer)
         async with asyncio.timeout(DEADLINE_S):
             await protocol.opened
         yield protocol
@@ -480,9 +497,9 @@ async def connected_stranger(
 
 @contextlib.asynccontextmanager
 async def connected(
-    gateway: Gateway, kind: str = "native", *, address: tuple[str, int] | None = None
+    gateway: Gateway, kind: str = "auto", *, address: tuple[str, int] | None = None
 ) -> AsyncIterator[Client]:
-    """A client of one of the ``CLIENTS``."""
+    """A client of one of the ``CLIENTS``, or on the best engine that there is."""
     if kind == "stranger":
         async with connected_stranger(gateway, address=address) as stranger:
             yield stranger
@@ -491,7 +508,7 @@ async def connected(
             yield client
 
 
-async def ping(gateway: Gateway, said: bytes, engine: str = "native") -> bytes:
+async def ping(gateway: Gateway, said: bytes, engine: str = "auto") -> bytes:
     """One QUIC ping (ALPN ``toppy-ping``): what the gateway answered."""
     async with connected_engine(gateway, engine, alpn=PING_ALPN) as client:
         stream_id = client.engine.open_stream(client.connection)

@@ -15,8 +15,8 @@ from pathlib import Path
 import dns.flags
 import dns.message
 import dns.rrset
-from aioquic.asyncio.protocol import QuicConnectionProtocol
 from aioquic.asyncio.client import connect as quic_connect
+from aioquic.asyncio.protocol import QuicConnectionProtocol
 from aioquic.asyncio.server import serve as quic_serve
 from aioquic.h3.connection import H3_ALPN, H3Connection
 from aioquic.h3.events import DataReceived, H3Event, HeadersReceived

@@ -22,6 +22,7 @@ from integration.masque_client import (
 )
 from integration.processes import Gateway, running_gateway
 from tests.net.dns_server import DnsServer
+from toppy.quic.choose import has_native_engine
 
 SIZES = (0, 1, 1200, 1350, 1500, 9000, 65507)
 NAME = "echo.example.test"
@@ -50,6 +51,12 @@ def gateway(
 def kind(request: pytest.FixtureRequest) -> str:
     name: str = request.param
     return name
+
+
+def test_the_native_engine_is_among_those_that_are_tested() -> None:
+    if not has_native_engine():
+        pytest.skip("the native engine is not built here (no Rust toolchain): aioquic alone runs")
+    assert "native" in ENGINES
 
 
 def pattern(size: int) -> bytes:
