@@ -1,117 +1,18 @@
-"""The client's tunnels against a gateway that a test plays, over two real endpoints in memory."""
+"""The client's tunnels against a gateway that a test plays."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 
-from tests.quic.certificates import SERVER_NAME
-from tests.quic.link import CLIENT, SERVER, START, client_config, make_engine, server_config, split
-from toppy.client.tunnels import HOLD_DATAGRAMS, ClientTunnel, Refusal, Tunnels
+from tests.client.world import TARGET, Local, World
+from toppy.client.tunnels import HOLD_DATAGRAMS
 from toppy.model.drop_reason import DropReason
-from toppy.model.target import Target
-from toppy.protocol.udp_tunnel import Buffer, encode_datagram_capsules
-from toppy.quic.endpoint import (
-    BodyReceived,
-    ConnectionOpened,
-    Endpoint,
-    EndpointEvent,
-    HeadersReceived,
-    StreamAborted,
-)
-from toppy.quic.engine import ConnectionClosed
+from toppy.protocol.udp_tunnel import encode_datagram_capsules
+from toppy.quic.endpoint import BodyReceived, StreamAborted
 from toppy.quic.h3 import H3_NO_ERROR
 from toppy.wire.capsule import CapsuleParser
-from toppy.wire.connect_udp import FORWARD_TEMPLATE_PATH, response_headers, validate_request
+from toppy.wire.connect_udp import response_headers, validate_request
 from toppy.wire.proxy_status import encode_proxy_status
-
-TEMPLATE = f"https://{SERVER_NAME}:4433{FORWARD_TEMPLATE_PATH}"
-TARGET = Target("192.0.2.9", 53)
-
-
-class World:
-    """A client with tunnels, and a gateway whose every word the test chooses."""
-
-    def __init__(self, *, streams: int = 10) -> None:
-        self.now = START
-        config = replace(server_config(), max_bidirectional_streams=streams)
-        self.gateway = Endpoint(make_engine("aioquic", config, now=START), is_client=False)
-        engine = make_engine("aioquic", client_config(), now=START)
-        self.client = Endpoint(engine, is_client=True)
-        self.tunnels = Tunnels(self.client, template=TEMPLATE, authorization="secret")
-        self.requests: list[HeadersReceived] = []
-        self.events: list[EndpointEvent] = []
-        self.arrived: list[bytes] = []
-        self.lost: list[str] = []
-        self.client_connection = -1
-
-    def connect(self) -> None:
-        self.client_connection = self.client.connect(SERVER, SERVER_NAME, self.now)
-        self.run()
-
-    def run(self) -> None:
-        """Carry packets until nothing moves and no timer (pacing, acknowledgements) is near."""
-        for _ in range(2000):
-            self.now += 0.001
-            moved = False
-            for data, size, _ in self.client.poll_transmits(self.now):
-                self.gateway.receive(data, size, CLIENT, self.now)
-                moved = True
-            self._pump_gateway()
-            for data, size, _ in self.gateway.poll_transmits(self.now):
-                self.client.receive(data, size, SERVER, self.now)
-                moved = True
-            self._pump_client()
-            timers = [t for e in (self.client, self.gateway) if (t := e.next_timeout())]
-            if not moved and min(timers, default=self.now + 1) > self.now + 0.2:
-                return
-            for endpoint in (self.client, self.gateway):
-                due = endpoint.next_timeout()
-                if due is not None and due <= self.now:
-                    endpoint.handle_timeout(self.now)
-        pytest.fail("the endpoints never come to rest")
-
-    def _pump_gateway(self) -> None:
-        for event in self.gateway.poll_events(self.now):
-            if isinstance(event, HeadersReceived):
-                self.requests.append(event)
-            self.events.append(event)
-        for _, _, payloads, size in self.gateway.poll_datagrams():
-            self.arrived += split(payloads, size)
-
-    def _pump_client(self) -> None:
-        for event in self.client.poll_events(self.now):
-            if isinstance(event, ConnectionOpened):
-                self.tunnels.connected(event.connection)
-            elif isinstance(event, ConnectionClosed):
-                self.lost.append(event.reason)
-                self.tunnels.disconnected()
-            else:
-                self.tunnels.handle(event)
-        for _, quarter, payloads, size in self.client.poll_datagrams():
-            self.tunnels.receive_datagrams(quarter, payloads, size)
-
-    def accept(self, index: int = -1) -> HeadersReceived:
-        request = self.requests[index]
-        self.gateway.send_headers(request.connection, request.stream_id, response_headers(200))
-        self.run()
-        return request
-
-    def of(self, kind: type[EndpointEvent]) -> list[EndpointEvent]:
-        return [event for event in self.events if isinstance(event, kind)]
-
-
-class Local:
-    """A tunnel's local side: what it was given."""
-
-    def __init__(self, target: Target = TARGET) -> None:
-        self.received: list[bytes] = []
-        self.ends: list[Refusal | None] = []
-        self.tunnel = ClientTunnel(target, self.deliver, self.ends.append)
-
-    def deliver(self, payloads: Buffer, size: int) -> None:
-        self.received += split(bytes(payloads), size)
 
 
 @pytest.fixture
@@ -300,3 +201,58 @@ def test_beyond_the_gateways_stream_limit_tunnels_wait_their_turn() -> None:
 def test_datagrams_of_a_stream_that_is_no_tunnel_are_counted(world: World) -> None:
     world.tunnels.receive_datagrams(77, b"abc", 1)
     assert world.tunnels.drops == {DropReason.UNKNOWN_STREAM: 3}
+
+
+@pytest.mark.parametrize("ended", [False, True])
+def test_trailers_end_the_tunnel_alone(world: World, ended: bool) -> None:
+    bad, good = Local(), Local()
+    for local in (bad, good):
+        world.tunnels.add(local.tunnel)
+        world.run()
+        world.accept()
+    request = world.requests[0]
+    world.gateway.send_headers(
+        request.connection, request.stream_id, [(b"x-trailer", b"1")], end=ended
+    )
+    world.run()
+    assert bad.ends == [None]
+    assert good.ends == []
+    assert world.lost == []
+
+
+def test_an_interim_response_says_nothing_about_the_tunnel(world: World) -> None:
+    local = Local()
+    world.tunnels.add(local.tunnel)
+    world.run()
+    request = world.requests[0]
+    world.gateway.send_headers(request.connection, request.stream_id, [(b":status", b"103")])
+    world.run()
+    assert not local.tunnel.protocol.is_open
+    world.accept()
+    assert local.tunnel.protocol.is_open
+
+
+@pytest.mark.parametrize("status", [204, 205, 206, 301])
+def test_a_status_that_cannot_carry_capsules_opens_no_tunnel(world: World, status: int) -> None:
+    local = Local()
+    world.tunnels.add(local.tunnel)
+    world.run()
+    request = world.requests[0]
+    headers = [(b":status", b"%d" % status)]
+    world.gateway.send_headers(request.connection, request.stream_id, headers)
+    world.run()
+    (refusal,) = local.ends
+    assert refusal is not None
+    assert refusal.status == status
+
+
+def test_capsules_beyond_the_streams_backlog_are_dropped_and_counted(world: World) -> None:
+    local = Local()
+    world.tunnels.add(local.tunnel)
+    world.run()
+    world.accept()
+    for _ in range(40):  # nothing moves between: they wait in the stream
+        world.tunnels.send(local.tunnel, bytes(60_000), 0)
+    (dropped,) = world.tunnels.drops.items()
+    assert dropped[0] is DropReason.CAPSULE_QUEUE_FULL
+    assert 0 < dropped[1] < 40

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from toppy.cli.output import Traffic, describe, summarize
 from toppy.client.policy import check_policy, parse_target
 from toppy.client.session import (
     ConnectFailure,
@@ -21,19 +22,20 @@ from toppy.client.session import (
     GatewaySettings,
     SessionState,
 )
-from toppy.client.settings import gateway_settings, load_client_config
+from toppy.client.settings import LoadedClientConfig, gateway_settings, load_client_config
 from toppy.client.tunnels import Refusal
 from toppy.client.udp_forward import UdpForward
 from toppy.config.address import parse_host_port
-from toppy.config.client import ClientConfig
 from toppy.errors import ConfigError, DeniedError
 from toppy.model.target import Target
 from toppy.net.udp_socket import UdpSocket, bind_udp
 from toppy.observe.log import configure_logging, get_logger
+from toppy.quic.choose import SLOW_ENGINE_NOTICE, choose_engine
 from toppy.system.process_title import set_process_title
 
 EXIT_FAILURE = 1
 EXIT_DENIED = 2
+_EXIT_SECOND_SIGNAL = 130
 _BUFFER_BYTES = 8 << 20
 _LIVE_INTERVAL_S = 0.5
 _SUMMARY_INTERVAL_S = 60.0
@@ -46,26 +48,37 @@ def run_udp(listen: str, target: str, config: str | None, environ: Mapping[str, 
     """Forward until a signal; returns the exit code (T-018)."""
     try:
         loaded = load_client_config(config, environ)
-        settings = gateway_settings(loaded)
         host, port = _parse("--listen", listen)
         where = parse_target("--target", target)
         check_policy(loaded.config, where)
+        settings = gateway_settings(loaded)
+        engine = choose_engine(settings.engine)
         local = _bind(host, port)
     except DeniedError as error:
         print(f"Policy denied: {error}", file=sys.stderr)
         return EXIT_DENIED
     except ConfigError as error:
-        print(f"toppy udp: {error}", file=sys.stderr)
-        return EXIT_FAILURE
+        return _fail(error)
     is_terminal = sys.stderr.isatty()
     configure_logging("warning" if is_terminal else "info", "auto", process="udp")
     for warning in loaded.warnings:
         _log.warning("configuration", warning=warning)
-    print(f"toppy udp listening on {_show(local)} -> {where}", flush=True)
+    if engine == "aioquic" and settings.engine == "auto":
+        _log.warning(SLOW_ENGINE_NOTICE)
     set_process_title(f"toppy udp: {_show(local)} -> {where}")
-    command = _UdpCommand(is_terminal=is_terminal)
-    uvloop.run(command.run(settings, local, where, loaded.config))
+    command = _UdpCommand(local, where, is_terminal=is_terminal)
+    try:
+        uvloop.run(command.run(settings, loaded))
+    except ConfigError as error:
+        return _fail(error)
+    finally:
+        local.close()
     return 0
+
+
+def _fail(error: ConfigError) -> int:
+    print(f"toppy udp: {error}", file=sys.stderr)
+    return EXIT_FAILURE
 
 
 def _parse(option: str, text: str) -> tuple[str, int]:
@@ -80,7 +93,8 @@ def _bind(host: str, port: int) -> UdpSocket:
         return UdpSocket(bind_udp(host, port, buffer_bytes=_BUFFER_BYTES, may_fragment=True))
     except OSError as error:
         raise ConfigError(
-            f"--listen: cannot listen on {Target(host, port)}: {error.strerror or error}"
+            f"--listen: cannot listen on {Target(host, port)}: {error.strerror or error}; choose "
+            "an address of this host and a free port"
         ) from None
 
 
@@ -91,14 +105,14 @@ def _show(sock: UdpSocket) -> str:
 class _UdpCommand:
     """One run: shows what happens, and stops on the first signal."""
 
-    def __init__(self, *, is_terminal: bool) -> None:
+    def __init__(self, local: UdpSocket, target: Target, *, is_terminal: bool) -> None:
+        self._local = local
+        self._target = target
         self._is_terminal = is_terminal
-        self._state = SessionState.CONNECTING
         self._problem = ""
-        self._refused_at = 0.0
+        self._next_refusal = 0.0
 
     def on_state(self, state: SessionState) -> None:
-        self._state = state
         if state is SessionState.CONNECTED:
             self._problem = ""
             _log.info("connected to the gateway")
@@ -115,25 +129,26 @@ class _UdpCommand:
     def on_refused(self, refusal: Refusal) -> None:
         self._problem = f"refused: {refusal.explanation}"
         now = time.monotonic()
-        if not self._is_terminal and now - self._refused_at >= _REFUSAL_INTERVAL_S:
-            self._refused_at = now
+        if not self._is_terminal and now >= self._next_refusal:
+            self._next_refusal = now + _REFUSAL_INTERVAL_S
             _log.warning(
                 "the gateway refused the tunnel",
                 status=refusal.status,
                 reason=refusal.explanation,
             )
 
-    async def run(
-        self, settings: GatewaySettings, local: UdpSocket, target: Target, config: ClientConfig
-    ) -> None:
-        """Forward until SIGINT or SIGTERM; a second one ends the process at once."""
+    async def run(self, settings: GatewaySettings, loaded: LoadedClientConfig) -> None:
+        """Forward until SIGINT or SIGTERM; a second one ends the process at once.
+
+        Raises ``ConfigError`` for settings that no engine can work with.
+        """
         session = GatewaySession(settings, on_state=self.on_state, on_failure=self.on_failure)
         forward = UdpForward(
             session,
-            local,
-            target,
-            max_peers=config.udp_max_peers,
-            idle_timeout_s=config.udp_idle_s,
+            self._local,
+            self._target,
+            max_peers=loaded.config.udp_max_peers,
+            idle_timeout_s=loaded.config.udp_idle_s,
             on_refused=self.on_refused,
         )
         stopping = asyncio.Event()
@@ -141,11 +156,13 @@ class _UdpCommand:
 
         def stop() -> None:
             if stopping.is_set():
-                os._exit(130)
+                os._exit(_EXIT_SECOND_SIGNAL)
             stopping.set()
 
         for signal_number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(signal_number, stop)
+        # whoever reads this line may send datagrams, and signals
+        print(f"toppy udp listening on {_show(self._local)} -> {self._target}", flush=True)
         show = self._show_live if self._is_terminal else self._log_summaries
         tasks = [
             loop.create_task(forward.run()),
@@ -160,59 +177,42 @@ class _UdpCommand:
         # the forward first: it ends its tunnels on the connection that the session then closes
         for task in (*tasks, waiting):
             await asyncio.wait({task})
-        local.close()
-        print(_summary(session, forward), file=sys.stderr)
+        print(summarize(_traffic(session, forward)), file=sys.stderr)
         if failed is not None:
             failed.result()
 
     async def _show_live(self, session: GatewaySession, forward: UdpForward) -> None:
-        console = Console(stderr=True)
-        before, at = _counts(forward), time.monotonic()
-        with Live(console=console, auto_refresh=False, transient=True) as live:
+        before, at = _traffic(session, forward), time.monotonic()
+        with Live(console=Console(stderr=True), auto_refresh=False, transient=True) as live:
             while True:
                 await asyncio.sleep(_LIVE_INTERVAL_S)
-                now, counts = time.monotonic(), _counts(forward)
-                up, down = (
-                    (new - old) / (now - at) for new, old in zip(counts, before, strict=True)
-                )
-                before, at = counts, now
-                line = (
-                    f"{self._state.value}, {forward.peers} peers, "
-                    f"{up:,.0f} datagrams/s out, {down:,.0f} in"
-                )
-                dropped = sum(_drops(session, forward).values())
-                if dropped:
-                    line += f", {dropped:,} dropped"
-                if self._problem:
-                    line += f" · {self._problem}"
+                traffic, now = _traffic(session, forward), time.monotonic()
+                line = describe(session.state.value, traffic, before, now - at, self._problem)
+                before, at = traffic, now
                 live.update(Text(line, no_wrap=True, overflow="ellipsis"), refresh=True)
 
     async def _log_summaries(self, session: GatewaySession, forward: UdpForward) -> None:
         while True:
             await asyncio.sleep(_SUMMARY_INTERVAL_S)
-            _log.info("forwarding", state=self._state.value, details=_summary(session, forward))
+            _log.info(
+                "forwarding",
+                state=session.state.value,
+                details=summarize(_traffic(session, forward)),
+            )
 
 
-def _counts(forward: UdpForward) -> tuple[int, int]:
-    return forward.counters.from_peers, forward.counters.to_peers
-
-
-def _drops(session: GatewaySession, forward: UdpForward) -> dict[str, int]:
+def _traffic(session: GatewaySession, forward: UdpForward) -> Traffic:
     drops: dict[str, int] = {}
     for source in (forward.drops, session.drops):
         for reason, count in source.items():
             drops[reason.value] = drops.get(reason.value, 0) + count
-    return drops
-
-
-def _summary(session: GatewaySession, forward: UdpForward) -> str:
     counters = forward.counters
-    text = (
-        f"{counters.peers_total} peers, {counters.from_peers} datagrams "
-        f"({counters.from_peers_bytes} bytes) out, {counters.to_peers} datagrams "
-        f"({counters.to_peers_bytes} bytes) in"
+    return Traffic(
+        peers=forward.peers,
+        peers_total=counters.peers_total,
+        out=counters.from_peers,
+        out_bytes=counters.from_peers_bytes,
+        back=counters.to_peers,
+        back_bytes=counters.to_peers_bytes,
+        drops=drops,
     )
-    drops = _drops(session, forward)
-    if drops:
-        text += ", dropped: " + ", ".join(f"{reason} {n}" for reason, n in sorted(drops.items()))
-    return text

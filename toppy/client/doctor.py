@@ -9,16 +9,16 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
-import socket
 import sys
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
 
 from toppy import __version__
+from toppy.client.lookup import NameLookupError, look_up
 from toppy.client.policy import check_policy, parse_target
-from toppy.client.probe import Probe, ProbeError
+from toppy.client.probe import Probe, ProbeError, ProbeRefusedError
 from toppy.client.session import GatewaySettings
 from toppy.client.settings import LoadedClientConfig, gateway_settings, load_client_config
 from toppy.errors import ConfigError, DeniedError
@@ -28,15 +28,22 @@ from toppy.quic.endpoint import H3_ALPN, PING_ALPN
 from toppy.quic.engine import Address
 from toppy.wire.connect_udp import DEFAULT_TEMPLATE_PATH
 
-DNS_TIMEOUT_S = 3.0
 PING_TIMEOUT_S = 0.8
+"""With CONNECT_UDP_TIMEOUT_S of T-085; each has the handshake in it, so a path with a round trip
+of more than 200 ms fails although `toppy udp` would work on it."""
 CONNECT_UDP_TIMEOUT_S = 1.2
 ECHO_TIMEOUT_S = 1.2
 _TUN = "/dev/net/tun"
 _SANE_MTU = (1200, 9000)
+_ETHERNET_PAYLOAD_BYTES = 1452
+"""1,500 without the headers of IPv6 and UDP."""
 _NO_ANSWER = (
     "no answer in time: is the gateway running (toppy-gw status there), are gateway and port "
     "right, and may UDP pass?"
+)
+_NO_ECHO = (
+    "the tunnel is open, but no datagram came back in time: something on the way may drop larger "
+    "UDP packets (try mtu = 1200), or the gateway drops (toppy-gw status there says why)"
 )
 
 
@@ -108,7 +115,7 @@ async def examine(flag: str | None, environ: Mapping[str, str]) -> Report:
     if forced:
         _force(report, NETWORK_CHECKS, forced, "TOPPY_DOCTOR_NET")
     elif loaded is None or settings is None:
-        _skip(report, NETWORK_CHECKS, "the configuration cannot be used")
+        _skip(report, NETWORK_CHECKS, "the configuration cannot be used; mend cfg.load first")
     else:
         await _check_network(report, loaded, settings)
     _check_tun(report, environ.get("TOPPY_DOCTOR_TUN", ""))
@@ -125,7 +132,9 @@ def _force(report: Report, check_ids: tuple[str, ...], value: str, variable: str
         if status is None:
             report.add(check_id, Status.FAIL, f"{variable} must be pass, fail or skip")
         else:
-            report.add(check_id, status, f"{variable}={value}, nothing was checked")
+            report.add(
+                check_id, status, f"{variable}={value}: nothing was checked, unset it to check"
+            )
 
 
 def _skip(report: Report, check_ids: tuple[str, ...], reason: str) -> None:
@@ -156,10 +165,10 @@ async def _check_network(
     report: Report, loaded: LoadedClientConfig, settings: GatewaySettings
 ) -> None:
     """DNS, ping, tunnel, datagram: each needs the one before."""
-    address = await _check_dns(report, settings)
+    addresses = await _check_dns(report, settings)
     rest = NETWORK_CHECKS[1:]
-    if address is None:
-        _skip(report, rest, "the gateway's name does not resolve")
+    if not addresses:
+        _skip(report, rest, "the gateway's name does not resolve; mend net.dns first")
         return
     missing = [
         key
@@ -171,54 +180,64 @@ async def _check_network(
     ]
     note = f" ({' and '.join(missing)} not set)" if missing else ""
     if loaded.config.gateway_template is not None:
-        _skip(report, rest, "gateway_template names another proxy, which has no built-in echo")
+        _skip(
+            report,
+            rest,
+            "gateway_template names another proxy, which has no built-in echo; try `toppy udp`",
+        )
         return
-    if not await _check_ping(report, settings, address, note):
-        _skip(report, rest[1:], "the gateway cannot be reached (h3.connect)")
+    address = await _check_ping(report, settings, addresses, note)
+    if address is None:
+        _skip(report, rest[1:], "the gateway cannot be reached; mend h3.connect first")
         return
     await _check_tunnel(report, settings, address)
 
 
-async def _check_dns(report: Report, settings: GatewaySettings) -> Address | None:
-    loop = asyncio.get_running_loop()
+async def _check_dns(report: Report, settings: GatewaySettings) -> list[Address]:
     try:
-        async with asyncio.timeout(DNS_TIMEOUT_S):
-            found = await loop.getaddrinfo(settings.host, settings.port, type=socket.SOCK_DGRAM)
-    except (OSError, TimeoutError) as error:
-        reason = "no answer in time" if isinstance(error, TimeoutError) else error.strerror
+        addresses = await look_up(settings.host, settings.port)
+    except NameLookupError as error:
         report.add(
             "net.dns",
             Status.FAIL,
-            f"{settings.host} does not resolve ({reason}); check `gateway` and this host's DNS",
+            f"{settings.host} does not resolve ({error}); check `gateway` and this host's DNS",
         )
-        return None
-    addresses = list(dict.fromkeys(str(info[4][0]) for info in found))
-    report.add("net.dns", Status.PASS, f"{settings.host} is {', '.join(addresses)}")
-    return addresses[0], settings.port
+        return []
+    shown = ", ".join(host for host, _ in addresses)
+    report.add("net.dns", Status.PASS, f"{settings.host} is {shown}")
+    return addresses
 
 
 async def _check_ping(
-    report: Report, settings: GatewaySettings, address: Address, note: str
-) -> bool:
+    report: Report, settings: GatewaySettings, addresses: Sequence[Address], note: str
+) -> Address | None:
+    """The address that answered, if one did and takes the token."""
+    reached: list[Address] = []
+
     async def ping() -> tuple[Status, str]:
-        async with Probe(settings, address, PING_ALPN) as probe:
-            took_s = await probe.connect()
+        async with Probe(settings, addresses, PING_ALPN) as probe:
+            address, took_s = await probe.connect()
+            reached.append(address)
             answer = await probe.ping()
         if answer == "pong":
-            return Status.PASS, f"certificate and token are good, handshake {took_s * 1e3:.1f} ms"
+            return Status.PASS, (
+                f"certificate and token are good at {address[0]}, handshake {took_s * 1e3:.1f} ms"
+            )
         return Status.FAIL, (
             f"the gateway answers {answer!r}: it does not accept the token{note}; "
             "set auth_token (or [auth] token) to one that it knows"
         )
 
     status, summary = await _within(PING_TIMEOUT_S, ping, note)
+    if not reached and settings.initial_packet_bytes > _ETHERNET_PAYLOAD_BYTES:
+        summary += f"; mtu = {settings.initial_packet_bytes} needs jumbo frames, try mtu = 1350"
     report.add("h3.connect", status, summary)
-    return status is not Status.FAIL
+    return None if status is Status.FAIL else reached[0]
 
 
 async def _check_tunnel(report: Report, settings: GatewaySettings, address: Address) -> None:
     template = f"https://{Target(settings.host, settings.port)}{DEFAULT_TEMPLATE_PATH}"
-    async with Probe(settings, address, H3_ALPN) as probe:
+    async with Probe(settings, [address], H3_ALPN) as probe:
 
         async def handshake() -> tuple[Status, str]:
             await probe.connect()
@@ -232,30 +251,36 @@ async def _check_tunnel(report: Report, settings: GatewaySettings, address: Addr
         status, summary = await _within(CONNECT_UDP_TIMEOUT_S, handshake)
         report.add("masque.connect_udp", status, summary)
         if status is Status.FAIL:
-            _skip(report, NETWORK_CHECKS[3:], "there is no tunnel (masque.connect_udp)")
+            _skip(report, NETWORK_CHECKS[3:], "there is no tunnel; mend masque.connect_udp first")
             return
-        status, summary = await _within(ECHO_TIMEOUT_S, echo)
+        status, summary = await _within(ECHO_TIMEOUT_S, echo, no_answer=_NO_ECHO)
         report.add("masque.connect_udp.datagram", status, summary)
 
 
 async def _within(
-    deadline_s: float, check: Callable[[], Awaitable[tuple[Status, str]]], note: str = ""
+    deadline_s: float,
+    check: Callable[[], Awaitable[tuple[Status, str]]],
+    note: str = "",
+    *,
+    no_answer: str = _NO_ANSWER,
 ) -> tuple[Status, str]:
     try:
         async with asyncio.timeout(deadline_s):
             return await check()
     except TimeoutError:
-        return Status.FAIL, _NO_ANSWER
+        return Status.FAIL, no_answer
+    except ProbeRefusedError as error:  # says by itself what to do
+        return Status.FAIL, f"{error}{note}"
     except ProbeError as error:
-        return Status.FAIL, f"{error}{_advice(str(error))}{note}"
+        return Status.FAIL, f"{error}; {_advice(str(error))}{note}"
     except ConfigError as error:
         return Status.FAIL, str(error)
 
 
 def _advice(reason: str) -> str:
     if "certificate" in reason.lower():
-        return "; check ca_cert_path and server_name, and the gateway's certificate"
-    return ""
+        return "check ca_cert_path and server_name, and the gateway's certificate"
+    return "check gateway and port, and look at the gateway's log"
 
 
 def _check_tun(report: Report, forced: str) -> None:
@@ -264,7 +289,9 @@ def _check_tun(report: Report, forced: str) -> None:
         _force(report, ("tun.perm",), forced, "TOPPY_DOCTOR_TUN")
         return
     if not sys.platform.startswith("linux"):
-        report.add("tun.perm", Status.WARN, "skipped: this is checked on Linux only")
+        report.add(
+            "tun.perm", Status.WARN, "skipped: checked on Linux only; `toppy udp` needs no TUN"
+        )
         return
     try:
         os.close(os.open(_TUN, os.O_RDWR | os.O_CLOEXEC))
@@ -288,7 +315,7 @@ def _check_mtu(report: Report, loaded: LoadedClientConfig | None) -> None:
     mtu = loaded.config.mtu if loaded is not None else None
     low, high = _SANE_MTU
     if loaded is None:
-        report.add("mtu.sanity", Status.WARN, "skipped: there is no configuration")
+        report.add("mtu.sanity", Status.WARN, "skipped: mend cfg.load first")
     elif mtu is None:
         report.add("mtu.sanity", Status.WARN, "mtu is not set; mtu = 1350 is recommended")
     elif not low <= mtu <= high:
@@ -304,7 +331,7 @@ def _check_mtu(report: Report, loaded: LoadedClientConfig | None) -> None:
 def _check_policy(report: Report, loaded: LoadedClientConfig | None, text: str) -> None:
     """T-081: what this client's policy says about ``TOPPY_DOCTOR_TARGET``."""
     if loaded is None:
-        report.add("policy.denied", Status.WARN, "skipped: there is no configuration")
+        report.add("policy.denied", Status.WARN, "skipped: mend cfg.load first")
         return
     try:
         target = parse_target("TOPPY_DOCTOR_TARGET", text)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import socket
-
+from toppy.client.lookup import NameLookupError, look_up_now
 from toppy.config.address import parse_host_port
 from toppy.config.client import ClientConfig
 from toppy.errors import ConfigError, DeniedError
@@ -23,7 +22,11 @@ def parse_target(option: str, text: str) -> Target:
 
 
 def check_policy(config: ClientConfig, target: Target) -> None:
-    """Raise ``DeniedError`` unless the client's own policy allows ``target`` (T-040, T-041)."""
+    """Raise ``DeniedError`` unless the client's own policy allows ``target`` (T-040, T-041).
+
+    Where only an address can decide about a name, it is resolved here, within
+    ``LOOKUP_TIMEOUT_S``, and every address must be allowed.
+    """
     if config.policy is None:
         raise DeniedError(
             f"target {target} is not allowed: the configuration has no [policy], and what is not "
@@ -45,10 +48,10 @@ def check_policy(config: ClientConfig, target: Target) -> None:
 
 def _resolve(target: Target) -> list[str]:
     try:
-        found = socket.getaddrinfo(target.host, target.port, type=socket.SOCK_DGRAM)
-    except OSError:
+        found = look_up_now(target.host, target.port)
+    except NameLookupError as error:
         raise DeniedError(
-            f"target {target} is not allowed: its name cannot be resolved here to compare it with "
-            f'the cidr rules; add a rule with host = "{target.host}"'
+            f"target {target} is not allowed: its name cannot be resolved here ({error}) to "
+            f'compare it with the cidr rules; add a rule with host = "{target.host}"'
         ) from None
-    return list(dict.fromkeys(str(info[4][0]) for info in found))
+    return [address for address, _ in found]

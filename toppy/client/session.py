@@ -5,24 +5,29 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
 
+from toppy.client.lookup import NameLookupError, look_up
 from toppy.client.tunnels import Tunnels
+from toppy.errors import ConfigError
 from toppy.model.drop_reason import DropReason
 from toppy.net.quic_driver import QuicDriver
 from toppy.net.udp_socket import UdpSocket, bind_udp
-from toppy.observe.log import get_logger
 from toppy.protocol.backoff import Backoff
 from toppy.quic.choose import make_engine
 from toppy.quic.endpoint import H3_ALPN, ConnectionOpened, Endpoint
-from toppy.quic.engine import Address, CongestionControl, ConnectionClosed, EngineConfig
+from toppy.quic.engine import (
+    Address,
+    CongestionControl,
+    ConnectionClosed,
+    Engine,
+    EngineConfig,
+)
 from toppy.quic.h3 import H3_NO_ERROR
 
-RESOLVE_TIMEOUT_S = 3.0
 DIAL_TIMEOUT_S = 5.0
 """From the first packet to the gateway's SETTINGS."""
 ATTEMPT_DELAY_S = 0.25
@@ -30,9 +35,9 @@ ATTEMPT_DELAY_S = 0.25
 KEEP_ALIVE_S = 5.0
 IDLE_TIMEOUT_S = 20.0
 """A gateway that is silent for so long, keep-alives included, is gone."""
+STABLE_S = 1.0
+"""A connection that lasted so long was a good one: the next attempt comes soon."""
 _CLOSE_GRACE_S = 0.05
-
-_log = get_logger("session")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +76,8 @@ class GatewaySession:
     """Keeps one connection to the gateway, and with it its ``tunnels``.
 
     ``run`` until cancelled. ``on_failure`` hears of every attempt that failed and every connection
-    that was lost; the session goes on by itself.
+    that was lost; the session goes on by itself. Raises ``ConfigError`` for settings that no
+    engine can work with.
     """
 
     def __init__(
@@ -84,20 +90,8 @@ class GatewaySession:
         self._settings = settings
         self._on_state = on_state
         self._on_failure = on_failure
+        engine = make_client_engine(settings, H3_ALPN, time.monotonic())
         self._sockets = open_sockets(settings.buffer_bytes)
-        engine = make_engine(
-            settings.engine,
-            EngineConfig(
-                is_client=True,
-                alpn_protocols=(H3_ALPN,),
-                ca_certificates_pem=settings.ca_certificates_pem,
-                idle_timeout_s=IDLE_TIMEOUT_S,
-                keep_alive_s=KEEP_ALIVE_S,
-                congestion_control=settings.congestion_control,
-                initial_packet_bytes=settings.initial_packet_bytes,
-            ),
-            now=time.monotonic(),
-        )
         self.engine_name = engine.name
         self._endpoint = Endpoint(engine, is_client=True)
         self.tunnels = Tunnels(
@@ -107,6 +101,7 @@ class GatewaySession:
         self.state = SessionState.CONNECTING
         self._connection: int | None = None
         self._attempts: set[int] = set()
+        self._has_untried = False
         self._opened: asyncio.Future[None] | None = None
         self._lost: asyncio.Future[str] | None = None
         self._last_reason = ""
@@ -138,9 +133,11 @@ class GatewaySession:
                 try:
                     await self._dial()
                     self._set_state(SessionState.CONNECTED)
-                    backoff.reset()
+                    since = time.monotonic()
                     assert self._lost is not None
                     reason = f"the connection to the gateway was lost: {await self._lost}"
+                    if time.monotonic() - since >= STABLE_S:
+                        backoff.reset()
                 except _DialError as error:
                     reason = str(error)
                 self._set_state(SessionState.WAITING)
@@ -160,7 +157,8 @@ class GatewaySession:
         where = f"{settings.host}:{settings.port}"
         try:
             async with asyncio.timeout(DIAL_TIMEOUT_S):
-                for address in addresses:
+                for index, address in enumerate(addresses, start=1):
+                    self._has_untried = index < len(addresses)
                     now = time.monotonic()
                     self._attempts.add(self._endpoint.connect(address, settings.server_name, now))
                     self._driver.flush_soon()
@@ -182,23 +180,14 @@ class GatewaySession:
 
     async def _resolve(self) -> list[Address]:
         settings = self._settings
-        loop = asyncio.get_running_loop()
         try:
-            async with asyncio.timeout(RESOLVE_TIMEOUT_S):
-                found = await loop.getaddrinfo(settings.host, settings.port, type=socket.SOCK_DGRAM)
-        except TimeoutError:
-            raise _DialError(f"cannot resolve {settings.host}: no answer in time") from None
-        except OSError as error:
-            raise _DialError(f"cannot resolve {settings.host}: {error.strerror}") from None
-        families = {sock.is_ipv6 for sock in self._sockets}
-        addresses = [
-            (str(info[4][0]), int(info[4][1]))
-            for info in found
-            if (info[0] == socket.AF_INET6) in families
-        ]
+            found = await look_up(settings.host, settings.port)
+        except NameLookupError as error:
+            raise _DialError(f"cannot resolve {settings.host}: {error}") from None
+        addresses = reachable(found, self._sockets)
         if not addresses:
             raise _DialError(f"{settings.host} has no address that this host can reach")
-        return list(dict.fromkeys(addresses))[:8]
+        return addresses
 
     def _pump(self, now: float) -> None:
         for event in self._endpoint.poll_events(now):
@@ -236,7 +225,12 @@ class GatewaySession:
         if connection in self._attempts:
             self._attempts.discard(connection)
             self._last_reason = reason
-            if not self._attempts and self._opened is not None and not self._opened.done():
+            if (
+                not self._attempts
+                and not self._has_untried
+                and self._opened is not None
+                and not self._opened.done()
+            ):
                 self._opened.set_exception(
                     _DialError(
                         f"cannot connect to {self._settings.host}:{self._settings.port}: {reason}"
@@ -266,6 +260,30 @@ class GatewaySession:
 
 class _DialError(Exception):
     """One attempt to reach the gateway failed."""
+
+
+def make_client_engine(settings: GatewaySettings, alpn_protocol: str, now: float) -> Engine:
+    """An engine that dials the gateway. Raises ``ConfigError`` for what it cannot work with."""
+    config = EngineConfig(
+        is_client=True,
+        alpn_protocols=(alpn_protocol,),
+        ca_certificates_pem=settings.ca_certificates_pem,
+        idle_timeout_s=IDLE_TIMEOUT_S,
+        keep_alive_s=KEEP_ALIVE_S,
+        congestion_control=settings.congestion_control,
+        initial_packet_bytes=settings.initial_packet_bytes,
+    )
+    try:
+        return make_engine(settings.engine, config, now=now)
+    except ValueError as error:
+        text = str(error).replace("ca_certificates_pem", "ca_cert_path: the file", 1)
+        raise ConfigError(text, key="ca_cert_path") from None
+
+
+def reachable(addresses: list[Address], sockets: list[UdpSocket]) -> list[Address]:
+    """Those of a family that one of ``sockets`` has."""
+    families = {sock.is_ipv6 for sock in sockets}
+    return [address for address in addresses if (":" in address[0]) in families]
 
 
 def open_sockets(buffer_bytes: int) -> list[UdpSocket]:

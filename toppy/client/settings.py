@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from cryptography import x509
+
 from toppy.client.session import GatewaySettings
-from toppy.config.client import ClientConfig, client_config_path, parse_client_config
+from toppy.config.client import ClientConfig, TokenAuth, client_config_path, parse_client_config
 from toppy.errors import ConfigError
 from toppy.model.target import Target
 from toppy.system.files import read_file
@@ -29,25 +31,44 @@ class LoadedClientConfig:
 def load_client_config(flag: str | None, environ: Mapping[str, str]) -> LoadedClientConfig:
     """Find, read and validate the client's file. Raises ``ConfigError``."""
     path = Path(client_config_path(flag, environ, environ.get("HOME", "")))
-    if not path.exists():
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
         raise ConfigError(
             f"there is no configuration at {path}; write one (`toppy-gw init` makes an example, "
             "client.toml), or name one with --config or TOPPY_CONFIG"
-        )
+        ) from None
+    except OSError as error:
+        raise ConfigError(f"configuration: cannot read {path}: {error.strerror}") from None
     text = read_file(path, "configuration").decode("utf-8", "replace")
     config = parse_client_config(text, str(path), environ)
     warnings = []
-    if config.token is not None and path.stat().st_mode & (stat.S_IRGRP | stat.S_IROTH):
-        warnings.append(f"{path} has a token and can be read by others; run: chmod 600 {path}")
+    if _has_secret(config) and mode & (stat.S_IRGRP | stat.S_IROTH):
+        warnings.append(f"{path} has a secret and can be read by others; run: chmod 600 {path}")
+    if config.auth is not None and not isinstance(config.auth, TokenAuth):
+        warnings.append(
+            f'auth.mode = "{config.auth.mode}" needs `toppy login`, which this version does not '
+            'have: no token is sent; use mode = "token"'
+        )
     return LoadedClientConfig(config, path, tuple(warnings))
 
 
+def _has_secret(config: ClientConfig) -> bool:
+    secrets = (
+        config.token,
+        config.auth_token,
+        config.audit_signing_key,
+        config.audit_ship_token,
+    )
+    return any(secret is not None for secret in secrets)
+
+
 def gateway_settings(loaded: LoadedClientConfig) -> GatewaySettings:
-    """How to reach the gateway. Raises ``ConfigError`` for a CA file that cannot be read."""
+    """How to reach the gateway. Raises ``ConfigError`` for a CA file that is no use."""
     config = loaded.config
     ca = None
     if config.ca_cert_path is not None:
-        ca = read_file(loaded.path.absolute().parent / config.ca_cert_path, "ca_cert_path")
+        ca = _read_certificates(loaded.path.absolute().parent / config.ca_cert_path)
     authority = Target(config.gateway, config.port)
     token = config.token
     return GatewaySettings(
@@ -61,3 +82,16 @@ def gateway_settings(loaded: LoadedClientConfig) -> GatewaySettings:
         congestion_control=config.quic.congestion_control,
         initial_packet_bytes=max(1200, config.mtu or DEFAULT_MTU),
     )
+
+
+def _read_certificates(path: Path) -> bytes:
+    pem = read_file(path, "ca_cert_path")
+    try:
+        x509.load_pem_x509_certificates(pem)
+    except ValueError:
+        raise ConfigError(
+            f"ca_cert_path: {path} has no certificate in PEM, or a broken one; it must be the CA "
+            "that issued the gateway's certificate (ca.pem of `toppy-gw init`)",
+            key="ca_cert_path",
+        ) from None
+    return pem

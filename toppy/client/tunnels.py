@@ -24,7 +24,7 @@ from toppy.quic.endpoint import (
     HeadersReceived,
     StreamAborted,
 )
-from toppy.quic.h3 import H3_REQUEST_CANCELLED
+from toppy.quic.h3 import H3_CONNECT_ERROR, H3_REQUEST_CANCELLED
 from toppy.wire.connect_udp import expand_template, request_headers
 from toppy.wire.proxy_status import explain, parse_proxy_status
 
@@ -154,7 +154,10 @@ class Tunnels:
         match event:
             case HeadersReceived():
                 tunnel = self._by_stream.get(event.stream_id)
-                if tunnel is not None and not tunnel.protocol.is_open:
+                if tunnel is not None and tunnel.protocol.is_open:  # trailers: there are none
+                    self._endpoint.abort_stream(event.connection, event.stream_id, H3_CONNECT_ERROR)
+                    self._end(tunnel, None)
+                elif tunnel is not None:
                     self._receive_response(tunnel, event)
             case BodyReceived():
                 tunnel = self._by_stream.get(event.stream_id)

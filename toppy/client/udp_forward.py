@@ -21,7 +21,7 @@ from toppy.quic.engine import Address
 
 _RECEIVES_PER_WAKE_UP = 16
 _TICK_S = 5.0
-_REFUSED_PAUSE_S = 1.0
+REFUSED_PAUSE_S = 1.0
 """After a refusal, before the same peer's next datagram asks the gateway again."""
 
 
@@ -39,12 +39,13 @@ class ForwardCounters:
 class _Peer:
     """A local program's source address, and its tunnel."""
 
-    __slots__ = ("address", "last_active", "refused_at", "tunnel")
+    __slots__ = ("address", "last_active", "not_before", "tunnel")
 
     def __init__(self, address: Address, now: float) -> None:
         self.address = address
         self.last_active = now
-        self.refused_at: float | None = None
+        self.not_before = now
+        """When the gateway may be asked for a tunnel again."""
         self.tunnel: ClientTunnel | None = None
 
 
@@ -60,7 +61,9 @@ class UdpForward:
         max_peers: int,
         idle_timeout_s: float,
         on_refused: Callable[[Refusal], None] = lambda _: None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self._clock = clock
         self._session = session
         self._tunnels = session.tunnels
         self._local = local
@@ -75,17 +78,17 @@ class UdpForward:
 
     @property
     def peers(self) -> int:
-        """Local peers with a tunnel, or with one on its way."""
+        """Local peers that were active within the idle timeout."""
         return len(self._peers)
 
     async def run(self) -> None:
         """Relay; idle peers are forgotten."""
         loop = asyncio.get_running_loop()
-        loop.add_reader(self._local.fileno(), self._receive)
+        loop.add_reader(self._local.fileno(), self.receive)
         try:
             while True:
                 await asyncio.sleep(min(_TICK_S, self._idle_timeout_s))
-                self.reap(time.monotonic())
+                self.reap()
                 self._tunnels.retry_waiting()
                 self._session.flush_soon()
         finally:
@@ -96,8 +99,9 @@ class UdpForward:
             self._peers.clear()
             self._session.flush_soon()
 
-    def reap(self, now: float) -> None:
+    def reap(self) -> None:
         """Forget peers that have been silent, in both directions, for the idle timeout."""
+        now = self._clock()
         while self._peers:
             address, peer = next(iter(self._peers.items()))
             if now - peer.last_active < self._idle_timeout_s:
@@ -107,8 +111,9 @@ class UdpForward:
                 self._tunnels.remove(peer.tunnel)
                 self._session.flush_soon()
 
-    def _receive(self) -> None:
-        now = time.monotonic()
+    def receive(self) -> None:
+        """Take what local peers have sent; the local socket is readable."""
+        now = self._clock()
         for _ in range(_RECEIVES_PER_WAKE_UP):
             batch = self._local.receive()
             if batch is None:
@@ -130,38 +135,42 @@ class UdpForward:
             self._peers.move_to_end(source)
         peer.last_active = now
         if peer.tunnel is None:
-            if peer.refused_at is not None and now - peer.refused_at < _REFUSED_PAUSE_S:
+            if now < peer.not_before:
                 self._drop(DropReason.TUNNEL_REFUSED, count)
                 return
-            self._open(peer)
+            self._open(peer, now)
         assert peer.tunnel is not None
         self.counters.from_peers += count
         self.counters.from_peers_bytes += len(payloads)
         self._tunnels.send(peer.tunnel, payloads, segment_size)
 
-    def _open(self, peer: _Peer) -> None:
+    def _open(self, peer: _Peer, now: float) -> None:
+        # a tunnel that the gateway ends at once must not be asked for with every datagram
+        peer.not_before = now + REFUSED_PAUSE_S
+
         def deliver(payloads: Buffer, segment_size: int) -> None:
             self._deliver(peer, payloads, segment_size)
 
         def ended(refusal: Refusal | None) -> None:
             peer.tunnel = None
             if refusal is not None:
-                peer.refused_at = time.monotonic()
+                peer.not_before = self._clock() + REFUSED_PAUSE_S
                 self._on_refused(refusal)
 
         peer.tunnel = ClientTunnel(self._target, deliver, ended)
         self._tunnels.add(peer.tunnel)
 
     def _deliver(self, peer: _Peer, payloads: Buffer, segment_size: int) -> None:
-        peer.last_active = time.monotonic()
+        peer.last_active = self._clock()
         self._peers.move_to_end(peer.address)
-        count = count_payloads(len(payloads), segment_size)
-        result = self._local.send(payloads, segment_size, peer.address)
-        if result is SendResult.SENT:
-            self.counters.to_peers += count
-            self.counters.to_peers_bytes += len(payloads)
-        else:
-            self._drop(DropReason.LOCAL_BUFFER_FULL, count)
+        count, size = count_payloads(len(payloads), segment_size), len(payloads)
+        if self._local.send(payloads, segment_size, peer.address) is not SendResult.SENT:
+            size = self._local.sent_bytes
+            sent = size // segment_size if segment_size else 0
+            self._drop(DropReason.LOCAL_BUFFER_FULL, count - sent)
+            count = sent
+        self.counters.to_peers += count
+        self.counters.to_peers_bytes += size
 
     def _drop(self, reason: DropReason, count: int) -> None:
         self.drops[reason] = self.drops.get(reason, 0) + count
