@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,6 +19,14 @@ from toppy.quic.choose import has_native_engine
 
 ENGINES = ("native", "aioquic") if has_native_engine() else ("aioquic",)
 """What gateways and clients are run on."""
+
+
+def each_engine(module: str) -> list[Any]:
+    """Parameters of a gateway fixture. Tests that share a gateway run in one process."""
+    return [
+        pytest.param(engine, marks=pytest.mark.xdist_group(f"{module}-{engine}"), id=engine)
+        for engine in ENGINES
+    ]
 
 
 @dataclass(frozen=True, slots=True)

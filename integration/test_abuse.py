@@ -15,7 +15,7 @@ import zmq
 from aioquic.buffer import encode_uint_var
 
 from integration.attackers import half_open, send_garbage, witness
-from integration.conftest import ENGINES, Peer, wait_for_metric, wait_until_left
+from integration.conftest import Peer, each_engine, wait_for_metric, wait_until_left
 from integration.masque_client import (
     CLIENTS,
     DEADLINE_S,
@@ -42,7 +42,7 @@ DATA = 0x0
 HEADERS = 0x1
 
 
-@pytest.fixture(scope="module", params=ENGINES)
+@pytest.fixture(scope="module", params=each_engine("abuse"))
 def gateway(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Gateway]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from integration.conftest import ENGINES, Peer, name_server, wait_for_metric
+from integration.conftest import ENGINES, Peer, each_engine, name_server, wait_for_metric
 from integration.masque_client import (
     CLIENTS,
     Client,
@@ -35,7 +35,7 @@ def dns() -> Iterator[DnsServer]:
         yield server
 
 
-@pytest.fixture(scope="module", params=ENGINES)
+@pytest.fixture(scope="module", params=each_engine("relay"))
 def gateway(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, dns: DnsServer
 ) -> Iterator[Gateway]:

@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from integration.attackers import worker_pids, worker_rss
-from integration.conftest import ENGINES, Peer, wait_until_left
+from integration.conftest import Peer, each_engine, wait_until_left
 from integration.masque_client import (
     DEADLINE_S,
     Tunnel,
@@ -23,11 +23,11 @@ from integration.masque_client import (
 )
 from integration.processes import Gateway, running_gateway
 
-IDLE_TIMEOUT_S = 2
+IDLE_TIMEOUT_S = 5
 COUNT = 5000
 
 
-@pytest.fixture(scope="module", params=ENGINES)
+@pytest.fixture(scope="module", params=each_engine("resources"))
 def gateway(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Gateway]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 from dns.rcode import SERVFAIL
 
-from integration.conftest import ENGINES, Peer, name_server
+from integration.conftest import ENGINES, Peer, each_engine, name_server
 from integration.masque_client import (
     CLIENTS,
     Answer,
@@ -83,7 +83,7 @@ def names() -> Iterator[DnsServer]:
         yield running
 
 
-@pytest.fixture(scope="module", params=ENGINES)
+@pytest.fixture(scope="module", params=each_engine("statuses"))
 def gateway(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, names: DnsServer
 ) -> Iterator[Gateway]:

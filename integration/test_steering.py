@@ -11,14 +11,14 @@ from collections.abc import Iterator
 
 import pytest
 
-from integration.conftest import ENGINES, Peer
+from integration.conftest import Peer, each_engine
 from integration.masque_client import CLIENTS, connected, open_tunnel, run
 from integration.processes import Gateway, running_gateway, wait_until
 
 CONNECTIONS = 16
 
 
-@pytest.fixture(scope="module", params=ENGINES)
+@pytest.fixture(scope="module", params=each_engine("steering"))
 def gateway(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Gateway]:
@@ -37,6 +37,7 @@ class Nat:
         self.address: tuple[str, int] = self._inside.getsockname()
         self._gateway = (gateway.host, gateway.port)
         self._client: tuple[str, int] | None = None
+        self._bindings: list[socket.socket] = []
         self._outside = self._open_outside()
         self._is_closing = False
         self._thread = threading.Thread(target=self._forward, daemon=True)
@@ -45,6 +46,7 @@ class Nat:
     def _open_outside(self) -> socket.socket:
         outside = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         outside.connect(self._gateway)
+        self._bindings.append(outside)
         return outside
 
     def rebind(self) -> None:
@@ -54,8 +56,8 @@ class Nat:
     def close(self) -> None:
         self._is_closing = True
         self._thread.join(5)
-        self._inside.close()
-        self._outside.close()
+        for sock in (self._inside, *self._bindings):
+            sock.close()
 
     def _forward(self) -> None:
         outside = self._outside
@@ -65,7 +67,6 @@ class Nat:
             while not self._is_closing:
                 if outside is not self._outside:
                     ready.unregister(outside)
-                    outside.close()
                     outside = self._outside
                     ready.register(outside, selectors.EVENT_READ)
                 for key, _ in ready.select(0.02):

@@ -38,7 +38,15 @@ from integration.processes import (
 )
 from tests.net.dns_server import DnsServer
 
-PAIRS = [(gateway, client) for gateway in ENGINES for client in ENGINES]
+PAIRS = [
+    pytest.param(
+        (gateway, client),
+        id=f"{gateway}-gateway-{client}-client",
+        marks=pytest.mark.xdist_group(f"udp-client-{gateway}-{client}"),
+    )
+    for gateway in ENGINES
+    for client in ENGINES
+]
 SIZES = (0, 1, 1200, 1350, 1500, 9000, 65507)
 NAME = "echo.example.test"
 
@@ -54,7 +62,7 @@ class Route:
     client: Running
 
 
-@pytest.fixture(scope="module", params=PAIRS, ids=[f"{g}-gateway-{c}-client" for g, c in PAIRS])
+@pytest.fixture(scope="module", params=PAIRS)
 def path(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, echo: Peer
 ) -> Iterator[Route]:

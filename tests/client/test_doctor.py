@@ -228,6 +228,17 @@ def test_no_answer_to_jumbo_packets_points_at_the_mtu(
     assert "mtu = 9000 needs jumbo frames" in report.checks[2].summary
 
 
+def test_the_mtu_is_not_blamed_when_the_gateway_was_reached(tmp_path: Path) -> None:
+    def with_jumbo_frames(path: Path) -> Path:
+        path.write_text(path.read_text().replace("mtu = 1350", "mtu = 9000"))
+        return path
+
+    gateway = LoopbackGateway(pong=b"unauthorized")
+    checks = diagnose_at(gateway, with_jumbo_frames, HOME=str(tmp_path))
+    assert checks["h3.connect"].status is Status.FAIL
+    assert "jumbo" not in checks["h3.connect"].summary
+
+
 def test_a_gateway_that_refuses_the_echo_is_explained(tmp_path: Path) -> None:
     def refuse(_: HeadersReceived) -> tuple[Headers, bool]:
         said = encode_proxy_status("gw", error="http_request_denied", details="no", rule="r1")

@@ -336,3 +336,14 @@ def test_stopping_ends_every_tunnel_and_leaves_the_socket_to_its_owner(
     forwarding.world.run()
     assert forwarding.forward.peers == 0
     assert any(isinstance(e, BodyReceived) and e.ended for e in forwarding.world.events)
+
+
+def test_a_peer_that_only_listens_does_not_shield_a_silent_one(forwarding: Forwarding) -> None:
+    alice = forwarding.open(ALICE)
+    forwarding.open(BOB)
+    forwarding.world.now += IDLE_S / 2
+    forwarding.reply(alice, b"news")
+    forwarding.world.now += IDLE_S / 2
+    forwarding.forward.reap()
+    forwarding.world.run()
+    assert forwarding.forward.peers == 1

@@ -26,6 +26,8 @@ class DropReason(StrEnum):
     """Was held while its tunnel was being opened, and the tunnel was refused."""
     TARGET_BUFFER_FULL = "target_buffer_full"
     """The target socket's send buffer was full."""
+    TARGET_OVERFLOW = "target_overflow"
+    """The target sent faster than the worker read: the kernel dropped it, at the target socket."""
     TARGET_UNREACHABLE = "target_unreachable"
     """The target answered with an ICMP error, or the send failed."""
     TOO_LARGE_FOR_TARGET = "too_large_for_target"
