@@ -85,13 +85,13 @@ class _Protocol(asyncio.DatagramProtocol):
             self._transport.sendto(answer, addr)
 
 
+_TRIES = 20
+"""To find a number that is free as a TCP port and as a UDP port."""
+
+
 @contextlib.asynccontextmanager
 async def serve(server: DnsServer) -> AsyncIterator[DnsServer]:
     loop = asyncio.get_running_loop()
-    transport, _ = await loop.create_datagram_endpoint(
-        lambda: _Protocol(server), local_addr=("127.0.0.1", 0)
-    )
-    server.port = transport.get_extra_info("sockname")[1]
 
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         size = int.from_bytes(await reader.readexactly(2), "big")
@@ -101,7 +101,19 @@ async def serve(server: DnsServer) -> AsyncIterator[DnsServer]:
             await writer.drain()
         writer.close()
 
-    streams = await asyncio.start_server(talk, "127.0.0.1", server.port)
+    for attempt in range(_TRIES, 0, -1):
+        streams = await asyncio.start_server(talk, "127.0.0.1", 0)
+        server.port = streams.sockets[0].getsockname()[1]
+        try:
+            transport, _ = await loop.create_datagram_endpoint(
+                lambda: _Protocol(server), local_addr=("127.0.0.1", server.port)
+            )
+            break
+        except OSError:  # somebody has the UDP port of that number
+            streams.close()
+            await streams.wait_closed()
+            if attempt == 1:
+                raise
     try:
         yield server
     finally:
