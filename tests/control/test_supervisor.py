@@ -481,6 +481,18 @@ def test_a_dead_workers_last_words_change_nothing(run: Callable[..., None]) -> N
     run(scenario)
 
 
+def test_a_replacement_that_never_serves_is_ended_and_replaced(
+    run: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(stage: Stage) -> None:
+        monkeypatch.setattr(supervisor_module, "START_DEADLINE_S", 0.01)
+        stage.process().end(-9)
+        await until(lambda: len(stage.processes) == 3)
+        assert stage.supervisor.deaths == 2
+
+    run(scenario)
+
+
 def test_a_worker_that_keeps_dying_is_replaced_each_time(run: Callable[..., None]) -> None:
     async def scenario(stage: Stage) -> None:
         for number in range(1, 6):

@@ -184,6 +184,13 @@ class Supervisor:
         # the pipe stays open: its end tells the worker that we are gone
         process.stdin.write(encode_settings(settings))
         _log.info("worker started", slot=slot, generation=self.generation, pid=process.pid)
+        asyncio.get_running_loop().call_later(START_DEADLINE_S, self._end_unless_serving, worker)
+
+    def _end_unless_serving(self, worker: Worker) -> None:
+        if worker.state in (WorkerState.SPAWNED, WorkerState.GREETED):
+            _log.error("worker takes too long to start", slot=worker.slot, pid=worker.process.pid)
+            with contextlib.suppress(ProcessLookupError):
+                worker.process.kill()
 
     async def _keep_alive(self, slot: int) -> None:
         backoff = Backoff(lambda: secrets.randbelow(1000) / 1000, first_s=0.05, most_s=10.0)
