@@ -485,10 +485,10 @@ def test_a_replacement_that_never_serves_is_ended_and_replaced(
     run: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def scenario(stage: Stage) -> None:
-        monkeypatch.setattr(supervisor_module, "START_DEADLINE_S", 0.01)
+        monkeypatch.setattr(supervisor_module, "START_DEADLINE_S", 0.0)
         stage.process().end(-9)
-        await until(lambda: len(stage.processes) == 3)
-        assert stage.supervisor.deaths == 2
+        await until(lambda: len(stage.processes) >= 3)
+        assert stage.supervisor.deaths >= 2
 
     run(scenario)
 

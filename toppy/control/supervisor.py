@@ -184,7 +184,6 @@ class Supervisor:
         # the pipe stays open: its end tells the worker that we are gone
         process.stdin.write(encode_settings(settings))
         _log.info("worker started", slot=slot, generation=self.generation, pid=process.pid)
-        asyncio.get_running_loop().call_later(START_DEADLINE_S, self._end_unless_serving, worker)
 
     def _end_unless_serving(self, worker: Worker) -> None:
         if worker.state in (WorkerState.SPAWNED, WorkerState.GREETED):
@@ -224,6 +223,8 @@ class Supervisor:
                 _log.error("worker cannot be started", slot=slot, reason=str(error))
                 await asyncio.sleep(backoff.next_delay_s())
             else:
+                loop = asyncio.get_running_loop()
+                loop.call_later(START_DEADLINE_S, self._end_unless_serving, self.workers[slot])
                 return
 
     def _forget(self, worker: Worker) -> None:
