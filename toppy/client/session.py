@@ -167,6 +167,8 @@ class GatewaySession:
                         break
                 await self._opened
         except TimeoutError:
+            if self._connection is not None:
+                return  # it came in the very turn in which the time was up
             raise _DialError(f"cannot connect to {where}: {self._last_reason}") from None
         finally:
             self._opened = None

@@ -22,6 +22,10 @@ from toppy.policy.ruleset import Ruleset
 from toppy.wire.ipc_message import AdmissionRequest
 
 ECHO_RULE = "built-in echo"
+_DISCARD_PORT = 9
+"""Connecting a UDP socket sends nothing; the port does not matter."""
+_DISCARD_PORT = 9
+"""Connecting a UDP socket sends nothing; the port does not matter."""
 _BROADCAST = ipaddress.IPv4Address("255.255.255.255")
 
 
@@ -71,9 +75,9 @@ class Admission:
             return Denial(403, "http_request_denied", early.reason, early.rule)
         try:
             addresses = await self._addresses(target.host)
+            own = frozenset(form for address in addresses for form in _own_forms(address))
         except TargetError as error:
             return Denial(error.status, error.proxy_status, str(error))
-        own = frozenset(form for address in addresses for form in _own_forms(address))
         decision = self._ruleset.decide(identity, target, addresses, own_addresses=own)
         if not decision.is_allowed:
             kind = "destination_ip_prohibited" if decision.category else "http_request_denied"
@@ -104,14 +108,21 @@ def _own_forms(address: str) -> list[str]:
 
 
 def _is_own(address: str) -> bool:
-    """Whether ``address`` belongs to this host now: only then can a socket be bound to it."""
-    parsed = ipaddress.ip_address(address)
-    if parsed.is_multicast or parsed.is_unspecified or parsed == _BROADCAST:
-        return False  # anybody may bind these
+    """Whether ``address`` belongs to this host now: the kernel then talks to it from itself.
+
+    Raises ``TargetError`` when that cannot be found out: what cannot be checked is not allowed.
+    """
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     try:
-        with socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.bind((address, 0))
-    except OSError:
-        return False
-    return True
+        probe = socket.socket(family, socket.SOCK_DGRAM)
+    except OSError as error:
+        raise TargetError(
+            f"the gateway cannot check the target's address: {error.strerror}",
+            proxy_status="proxy_internal_error",
+        ) from None
+    with probe:
+        try:
+            probe.connect((address, _DISCARD_PORT))
+        except OSError:
+            return False  # there is no way to it, or it is no single host's address
+        return bool(probe.getsockname()[0] == address)

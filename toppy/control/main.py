@@ -31,6 +31,7 @@ from toppy.observe.log import configure_logging, get_logger
 from toppy.observe.metrics import WorkerSnapshot, render_metrics
 from toppy.policy.ruleset import Ruleset
 from toppy.quic.choose import SLOW_ENGINE_NOTICE, choose_engine
+from toppy.system.descriptors import raise_descriptor_limit
 from toppy.system.process_title import set_process_title
 from toppy.system.service_manager import ServiceManager
 from toppy.wire.ipc_message import WorkerSettings
@@ -93,6 +94,7 @@ class ControlPlane:
         loop = asyncio.get_running_loop()
         for signal_number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(signal_number, stopping.set)
+        loop.add_signal_handler(signal.SIGHUP, _refuse_reload)
 
         def on_serving() -> None:
             self._is_serving = True
@@ -252,6 +254,7 @@ def run_gateway(path: Path | None, environ: Mapping[str, str]) -> int:
         config = settings.config
         configure_logging(config.log.level, config.log.format, process="control")
         set_process_title("toppy-gw: control")
+        raise_descriptor_limit()
         for warning in settings.warnings:
             _log.warning("configuration", warning=warning)
         uvloop.run(_run(settings))
@@ -263,6 +266,10 @@ def run_gateway(path: Path | None, environ: Mapping[str, str]) -> int:
         print(f"toppy-gw: {first}", file=sys.stderr)
         return 1
     return 0
+
+
+def _refuse_reload() -> None:
+    _log.warning("SIGHUP: this version cannot reload its configuration; restart it")
 
 
 async def _run(settings: GatewaySettings) -> None:

@@ -46,6 +46,9 @@ START_DEADLINE_S = 15.0
 """From spawn to READY, on a loaded machine."""
 _STABLE_S = 10.0
 """A worker that lived this long did not die of its start; the back-off begins anew."""
+_WATCH_INTERVAL_S = 2.0
+_HEARTBEAT_TIMEOUT_S = 10.0
+"""Workers report twice a second; one that is silent for so long hangs."""
 _MAX_DECISIONS = 4096
 """Admissions under way at once; more are answered 429."""
 
@@ -65,6 +68,8 @@ class Worker:
         self.state = WorkerState.SPAWNED
         self.started_at = time.time()
         self.serving = asyncio.Event()
+        self.heard_at = time.monotonic()
+        """When its last report came."""
 
     def is_proved_by(self, secret: str) -> bool:
         """Whether a message with ``secret`` comes from this worker."""
@@ -73,8 +78,14 @@ class Worker:
     def handle(self, happened: WorkerInput) -> None:
         """Take one step of the lifecycle; raises ``IllegalTransitionError``."""
         self.state = next_state(self.state, happened)
-        if self.state is WorkerState.SERVING:
+        if self.state is WorkerState.SERVING and not self.serving.is_set():
             self.serving.set()
+            self.heard_at = time.monotonic()
+
+    def kill(self) -> None:
+        """End the process at once, if it has not ended by itself."""
+        with contextlib.suppress(ProcessLookupError):
+            self.process.kill()
 
 
 class Supervisor:
@@ -121,6 +132,7 @@ class Supervisor:
             await self._await_first_workers(group)
             for slot in self._slots:
                 group.create_task(self._keep_alive(slot))
+            group.create_task(self._watch())
             on_serving()
 
     async def _await_first_workers(self, group: asyncio.TaskGroup) -> None:
@@ -161,8 +173,7 @@ class Supervisor:
                     await worker.process.wait()
         except TimeoutError:
             for worker in self.workers.values():
-                with contextlib.suppress(ProcessLookupError):
-                    worker.process.kill()
+                worker.kill()
                 await worker.process.wait()
 
     async def _spawn(self, slot: int) -> None:
@@ -188,8 +199,7 @@ class Supervisor:
     def _end_unless_serving(self, worker: Worker) -> None:
         if worker.state in (WorkerState.SPAWNED, WorkerState.GREETED):
             _log.error("worker takes too long to start", slot=worker.slot, pid=worker.process.pid)
-            with contextlib.suppress(ProcessLookupError):
-                worker.process.kill()
+            worker.kill()
 
     async def _keep_alive(self, slot: int) -> None:
         backoff = Backoff(lambda: secrets.randbelow(1000) / 1000, first_s=0.05, most_s=10.0)
@@ -227,6 +237,22 @@ class Supervisor:
                 loop.call_later(START_DEADLINE_S, self._end_unless_serving, self.workers[slot])
                 return
 
+    async def _watch(self) -> None:
+        """Replace workers that run and say nothing. Reports are their heartbeat."""
+        while True:
+            before = time.monotonic()
+            await asyncio.sleep(_WATCH_INTERVAL_S)
+            now = time.monotonic()
+            if now - before > 2 * _WATCH_INTERVAL_S:
+                # it was us who did not listen
+                for worker in self.workers.values():
+                    worker.heard_at = now
+            for worker in self.workers.values():
+                silent_s = now - worker.heard_at
+                if worker.state is WorkerState.SERVING and silent_s > _HEARTBEAT_TIMEOUT_S:
+                    _log.error("worker hangs", slot=worker.slot, pid=worker.process.pid)
+                    worker.kill()
+
     def _forget(self, worker: Worker) -> None:
         worker.handle(WorkerInput.EXIT)
         if worker.peer is not None:
@@ -254,7 +280,7 @@ class Supervisor:
             worker.handle(WorkerInput.REQUEST)
         except IllegalTransitionError as error:
             _log.error("worker broke the protocol", slot=worker.slot, reason=str(error))
-            worker.process.kill()
+            worker.kill()
             return
         match message:
             case TokenRequest():
@@ -272,7 +298,7 @@ class Supervisor:
             worker.handle(WorkerInput.HELLO)
         except IllegalTransitionError as error:
             _log.error("worker broke the protocol", slot=worker.slot, reason=str(error))
-            worker.process.kill()
+            worker.kill()
             return
         worker.peer = peer
         self._by_peer[peer] = worker
@@ -302,6 +328,7 @@ class Supervisor:
             return  # the last words of a worker that has been replaced, or a stranger
         with contextlib.suppress(IllegalTransitionError):
             worker.handle(WorkerInput.REPORT)
+            worker.heard_at = time.monotonic()
             if worker.state is not WorkerState.GONE:
                 self._statistics.report(report.slot, report.counters)
 

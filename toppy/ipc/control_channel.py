@@ -88,6 +88,7 @@ class ControlServer:
                 on_garbage(error)
                 continue
             on_message(peer, message)
+            await asyncio.sleep(0)  # pyzmq does not yield while messages wait
 
     async def _serve_reports(
         self, on_report: Callable[[Report], None], on_garbage: Callable[[IpcError], None]
@@ -100,6 +101,7 @@ class ControlServer:
                 on_garbage(error)
                 continue
             on_report(report)
+            await asyncio.sleep(0)  # pyzmq does not yield while messages wait
 
     def send(self, peer: Peer, message: ToWorker) -> bool:
         """Queue one message; False when it is lost because the worker's queue is full."""
@@ -140,6 +142,7 @@ class ControlClient:
                 on_garbage(error)
                 continue
             on_message(message)
+            await asyncio.sleep(0)  # pyzmq does not yield while messages wait
 
     def close(self) -> None:
         """Release sockets and threads."""

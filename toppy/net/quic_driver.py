@@ -11,9 +11,9 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from toppy.net.udp_socket import SendResult, UdpSocket
+from toppy.net.udp_socket import MAX_REMEMBERED_PEERS, SendResult, UdpSocket
 from toppy.quic.endpoint import Endpoint
-from toppy.quic.engine import Transmit
+from toppy.quic.engine import Address, Transmit
 
 _RECEIVES_PER_WAKE_UP = 16
 """Then other sockets get their turn; 16 x 64 KiB is what one batch may hold."""
@@ -42,6 +42,11 @@ class QuicDriver:
         self._flush_is_due = False
         self._unsent: deque[Transmit] = deque()
         self.send_errors = 0
+        families = [sock.is_ipv6 for sock in self._sockets]
+        self._by_peer: dict[Address, UdpSocket] | None = None
+        if len(set(families)) < len(families):
+            # several sockets of one family: each peer is answered from the one that it reached
+            self._by_peer = {}
         for sock in self._sockets:
             self._loop.add_reader(sock.fileno(), self._receive, sock)
 
@@ -73,6 +78,8 @@ class QuicDriver:
             batch = sock.receive()
             if batch is None:
                 break
+            if self._by_peer is not None:
+                self._remember(batch[2], sock)
             receive(batch[0], batch[1], batch[2], now)
         self._pump(now)
         self.flush_soon()
@@ -84,7 +91,7 @@ class QuicDriver:
         now = self._clock()
         transmits = self._endpoint.poll_transmits(now)
         for index, transmit in enumerate(transmits):
-            sock = self._socket_for(transmit[2][0])
+            sock = self._socket_for(transmit[2])
             result = sock.send(*transmit)
             if result is SendResult.WOULD_BLOCK:
                 payloads, segment_size, address = transmit
@@ -99,7 +106,7 @@ class QuicDriver:
     def _send_rest(self, blocked: UdpSocket) -> None:
         while self._unsent:
             payloads, segment_size, address = self._unsent[0]
-            sock = self._socket_for(address[0])
+            sock = self._socket_for(address)
             result = sock.send(payloads, segment_size, address)
             if result is SendResult.WOULD_BLOCK:
                 self._unsent[0] = (payloads[sock.sent_bytes :], segment_size, address)
@@ -113,7 +120,16 @@ class QuicDriver:
         self._loop.remove_writer(blocked.fileno())
         self._flush()
 
-    def _socket_for(self, host: str) -> UdpSocket:
+    def _remember(self, peer: Address, sock: UdpSocket) -> None:
+        assert self._by_peer is not None
+        if peer not in self._by_peer and len(self._by_peer) >= MAX_REMEMBERED_PEERS:
+            del self._by_peer[next(iter(self._by_peer))]
+        self._by_peer[peer] = sock
+
+    def _socket_for(self, peer: Address) -> UdpSocket:
+        if self._by_peer is not None and peer in self._by_peer:
+            return self._by_peer[peer]
+        host = peer[0]
         if len(self._sockets) > 1:
             is_ipv6 = ":" in host
             for sock in self._sockets:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import resource
 import signal
 import socket
 import sys
@@ -25,6 +24,7 @@ from toppy.quic.choose import make_engine
 from toppy.quic.endpoint import H3_ALPN, PING_ALPN, Endpoint
 from toppy.quic.engine import EngineConfig
 from toppy.quic.gate import ConnectionGate, GateLimits
+from toppy.system.descriptors import raise_descriptor_limit
 from toppy.system.process_title import set_process_title
 from toppy.wire.connection_id import CONNECTION_ID_BYTES, encode_prefix
 from toppy.wire.ipc_message import (
@@ -47,6 +47,9 @@ from toppy.worker.target import UdpTarget, open_udp_target
 
 _TICK_S = 0.5
 _TARGET_BUFFER_BYTES = 1 << 20
+_STREAM_WINDOW_BYTES = 128 << 10
+_CONNECTION_WINDOW_BYTES = 512 << 10
+"""What a stranger can make a worker hold. Tunnels use DATAGRAM frames; capsules need little."""
 
 
 class Worker:
@@ -78,6 +81,8 @@ class Worker:
                 initial_packet_bytes=settings.quic["initial_packet_bytes"],
                 max_packet_bytes=settings.quic["max_packet_bytes"],
                 max_bidirectional_streams=limits["max_streams_per_connection"],
+                stream_window_bytes=_STREAM_WINDOW_BYTES,
+                connection_window_bytes=_CONNECTION_WINDOW_BYTES,
                 tunnel_queue_bytes=limits["tunnel_queue_bytes"],
                 connection_queue_bytes=limits["connection_queue_bytes"],
                 connection_id_prefix=encode_prefix(settings.slot, settings.generation),
@@ -142,6 +147,8 @@ class Worker:
         loop = asyncio.get_running_loop()
         for signal_number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(signal_number, self._stopped.set)
+        # a terminal that closes tells the whole group; the control plane decides what follows
+        loop.add_signal_handler(signal.SIGHUP, lambda: None)
         loop.add_reader(sys.stdin.fileno(), self._control_plane_is_gone)
         self._control.send(Hello(settings.slot, settings.generation, os.getpid(), settings.secret))
         self._control.send(Ready(self._engine.name))
@@ -224,7 +231,5 @@ def main() -> None:
     settings = read_settings()
     set_process_title(f"toppy-gw: worker {settings.slot} gen {settings.generation}")
     configure_logging(settings.log_level, settings.log_format, process="worker")
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft < hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    raise_descriptor_limit()
     uvloop.run(_run(settings))

@@ -44,6 +44,8 @@ ECHO_PORTS = (7, 9)
 _PING_BYTES = 8192 + 5
 _OVERFLOW_INTERVAL_S = 5.0
 """Only a tunnel that was busy so recently can have lost something; a few ticks fit in."""
+_PINGS_AT_ONCE = 8
+"""Of one connection, that the control plane has not answered yet."""
 _EARLY_STREAMS = 16
 """Of how many requests that are still on their way one connection's datagrams are held."""
 
@@ -149,6 +151,8 @@ class _Peer:
     """Datagrams that overtook their request, by quarter stream ID."""
     pings: dict[int, bytes] | None = None
     """Connections that speak ``toppy-ping``: what each stream has said so far."""
+    pings_asked: int = 0
+    """Pings of this connection that the control plane has not answered yet."""
 
 
 class Router:
@@ -337,7 +341,12 @@ class Router:
         asked = self._questions.pop(answer.request, None)
         if isinstance(answer, TokenAnswer):
             if isinstance(asked, tuple):
+                peer = self._peers.get(asked[0])
+                if peer is not None:
+                    peer.pings_asked -= 1
                 self._answer_ping(*asked, is_valid=answer.is_valid)
+                if not answer.is_valid:
+                    self._count_failed_auth(asked[0], now)
             return
         if not isinstance(asked, Tunnel) or asked.key not in self._tunnels:
             return
@@ -368,13 +377,18 @@ class Router:
             self._drop(DropReason.TUNNEL_REFUSED, count_payloads(len(payloads), segment_size))
         self._forget(tunnel)
         self._refuse(tunnel.connection, tunnel.stream_id, denial)
-        peer = self._peers.get(tunnel.connection)
-        if denial.status == 401 and peer is not None:
-            peer.failed_auth += 1
-            if peer.failed_auth >= self._limits.max_failed_auth_per_connection:
-                self._endpoint.close(
-                    tunnel.connection, H3_EXCESSIVE_LOAD, "too many failed authentications", now
-                )
+        if denial.status == 401:
+            self._count_failed_auth(tunnel.connection, now)
+
+    def _count_failed_auth(self, connection: int, now: float) -> None:
+        peer = self._peers.get(connection)
+        if peer is None:
+            return
+        peer.failed_auth += 1
+        if peer.failed_auth >= self._limits.max_failed_auth_per_connection:
+            self._endpoint.close(
+                connection, H3_EXCESSIVE_LOAD, "too many failed authentications", now
+            )
 
     def _refuse(self, connection: int, stream_id: int, denial: Denial) -> None:
         self.counters.count_admission(str(denial.status))
@@ -550,10 +564,16 @@ class Router:
         self.counters.pings += 1
         word, _, token = said.decode("utf-8", "replace").strip().partition(" ")
         question = TokenRequest(request=self._next_question, authorization=token.strip() or None)
-        if word != "ping" or not self._ask_about_ping(question):
+        if (
+            word != "ping"
+            or peer.pings_asked >= _PINGS_AT_ONCE
+            or not self._ask_about_ping(question)
+        ):
             self._answer_ping(event.connection, event.stream_id, is_valid=False)
+            self._count_failed_auth(event.connection, now)
             return
         self._next_question += 1
+        peer.pings_asked += 1
         self._questions[question.request] = (event.connection, event.stream_id)
 
     def _ask_about_ping(self, question: TokenRequest) -> bool:
