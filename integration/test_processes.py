@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -25,6 +26,7 @@ from integration.masque_client import (
 from integration.processes import (
     BIN,
     Gateway,
+    free_udp_port,
     run_command,
     running_gateway,
     start,
@@ -299,3 +301,32 @@ def test_the_service_manager_hears_ready_status_watchdog_and_stopping(directory:
             listen_for("STATUS=1/1 workers, 0 connections, 0 tunnels")
             listen_for("WATCHDOG=1")
         listen_for("STOPPING=1")
+
+
+def test_a_worker_that_hangs_is_replaced(directory: Path, echo: Peer) -> None:
+    with running_gateway(directory) as gateway:
+        (pid,) = worker_pids(gateway)
+        os.kill(pid, signal.SIGSTOP)
+        wait_until("another worker", lambda: worker_pids(gateway) != [pid], 40.0)
+        assert are_gone([pid])
+        wait_until("its service", lambda: gateway.metric("toppy_gw_worker_up") == 1)
+        run(echo_on_new_connection(gateway, echo))
+        assert gateway.status()["worker_deaths"] == 1
+
+
+def test_a_hangup_ends_neither_gateway_nor_workers(directory: Path, echo: Peer) -> None:
+    with running_gateway(directory) as gateway:
+        pids = [gateway.running.pid, *worker_pids(gateway)]
+        for pid in pids:
+            os.kill(pid, signal.SIGHUP)
+        gateway.running.wait_for_output("cannot reload")
+        run(echo_on_new_connection(gateway, echo))
+        assert worker_pids(gateway) == pids[1:]
+
+
+def test_every_listen_address_of_one_family_answers(directory: Path, echo: Peer) -> None:
+    port = free_udp_port("127.0.0.2")
+    environ = {"TOPPY_GW_QUIC_LISTEN": f"127.0.0.1:{port},127.0.0.2:{port},127.0.0.3:{port}"}
+    with running_gateway(directory, environ=environ) as gateway:
+        for host in ("127.0.0.1", "127.0.0.2", "127.0.0.3"):
+            run(echo_on_new_connection(replace(gateway, host=host, port=port), echo))
