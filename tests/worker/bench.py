@@ -44,6 +44,7 @@ LIMITS = RouterLimits(
     early_datagrams_per_tunnel=4,
     early_bytes_per_tunnel=5000,
     capsule_queue_bytes=100_000,
+    connection_capsule_queue_bytes=250_000,
 )
 GRANT = Grant(addresses=("192.0.2.53",), port=53, subject="token", rule="dns", revision=1)
 ECHO = replace(GRANT, addresses=(), is_echo=True)

@@ -320,6 +320,20 @@ def test_capsules_beyond_the_streams_bound_are_dropped_and_counted(bench: Bench)
     assert counters.drops == {"capsule_queue_full": 100 - counters.capsules_sent}
 
 
+def test_capsules_of_all_tunnels_together_have_a_bound(bench: Bench) -> None:
+    tunnels = []
+    for _ in range(3):
+        bench.open()
+        tunnels.append(bench.target.tunnel)
+    bench.link.is_cut = True
+    for _ in range(20):
+        for tunnel in tunnels:
+            bench.router.receive_from_target(tunnel, bytes(30_000), 30_000, bench.link.now)
+    waiting = bench.router._capsule_backlog(tunnels[0].connection)
+    assert 200_000 < waiting <= LIMITS.connection_capsule_queue_bytes + 1000
+    assert bench.router.snapshot().drops["capsule_queue_full"] > 10
+
+
 def test_unknown_contexts_in_capsules_are_dropped_and_counted(bench: Bench) -> None:
     stream_id = bench.open()
     bench.send_body(stream_id, capsule(b"?", context_id=2) + capsule(b"!"))

@@ -37,6 +37,9 @@ _BUFFERED_FRAMES: Final = (0x1, 0x4, 0x5, 0xD)
 """HEADERS, SETTINGS, PUSH_PROMISE, MAX_PUSH_ID: aioquic buffers these whole."""
 _CONTROL_BUFFER_BYTES: Final = 4096
 """What the control and QPACK streams may hold unparsed; a SETTINGS frame is far smaller."""
+_FRUITLESS_BYTES: Final = 256 * 1024
+"""Stream bytes that lead to no event (settings, ignored frames, parts of header sections) that a
+connection may send in its life: a flood of empty frames costs the receiver more than the sender."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +122,7 @@ class Http3Session:
         self._quic = _QuicFacade(engine, connection, is_client=is_client)
         self._h3 = _BoundedH3Connection(self._quic, max_header_bytes)
         self._given_up = given_up
+        self._fruitless_bytes = 0
 
     @property
     def closing(self) -> tuple[int, str] | None:
@@ -149,6 +153,10 @@ class Http3Session:
                 happened = self._h3.handle_event(
                     quic_events.StreamDataReceived(data=data, end_stream=ended, stream_id=stream_id)
                 )
+                if not happened:
+                    self._fruitless_bytes += len(data)
+                    if self._fruitless_bytes > _FRUITLESS_BYTES:
+                        self._quic.closing = (H3_EXCESSIVE_LOAD, "too many bytes without use")
                 self._check_buffer(stream_id)
                 return [e for e in happened if isinstance(e, HeadersReceived | DataReceived)]
             case StreamReset(stream_id=stream_id, error_code=code):

@@ -109,6 +109,7 @@ class Worker:
                 early_datagrams_per_tunnel=limits["early_datagrams_per_tunnel"],
                 early_bytes_per_tunnel=limits["early_bytes_per_tunnel"],
                 capsule_queue_bytes=limits["tunnel_queue_bytes"],
+                connection_capsule_queue_bytes=limits["connection_queue_bytes"],
             ),
             proxy_name=settings.proxy_name,
             own_names=frozenset(settings.names),

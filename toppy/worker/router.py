@@ -71,6 +71,7 @@ class RouterLimits:
     early_datagrams_per_tunnel: int
     early_bytes_per_tunnel: int
     capsule_queue_bytes: int
+    connection_capsule_queue_bytes: int
 
 
 class TargetSocket(Protocol):
@@ -472,7 +473,11 @@ class Router:
             self._engine.send_datagrams(connection, quarter_stream_id, payloads, segment_size)
         else:
             backlog = self._engine.stream_backlog_bytes(connection, tunnel.stream_id)
-            if backlog + len(payloads) > self._limits.capsule_queue_bytes:
+            if (
+                backlog + len(payloads) > self._limits.capsule_queue_bytes
+                or self._capsule_backlog(connection) + len(payloads)
+                > self._limits.connection_capsule_queue_bytes
+            ):
                 self._drop(DropReason.CAPSULE_QUEUE_FULL, count)
                 return
             capsules = encode_datagram_capsules(payloads, segment_size)
@@ -481,6 +486,13 @@ class Router:
         self.counters.datagrams_to_client += count
         self.counters.bytes_to_client += len(payloads)
         tunnel.datagrams_to_client += count
+
+    def _capsule_backlog(self, connection: int) -> int:
+        """What waits on all tunnels' streams of a connection, in bytes."""
+        return sum(
+            self._engine.stream_backlog_bytes(connection, tunnel.stream_id)
+            for tunnel in self._peers[connection].tunnels
+        )
 
     def _drop(self, reason: DropReason, count: int) -> None:
         if count:
