@@ -654,3 +654,14 @@ def test_a_token_answer_for_a_connection_that_is_gone_is_ignored(engine: str) ->
     bench.tick()
     bench.answer_token(is_valid=True)
     assert bench.raw(stream_id) == b""
+
+
+def test_wrong_pings_close_the_connection_like_wrong_requests(engine: str) -> None:
+    bench = Bench(engine, alpn=PING_ALPN)
+    for _ in range(LIMITS.max_failed_auth_per_connection):
+        assert bench.client.closed is None
+        said(bench, b"ping wrong")
+        bench.answer_token(is_valid=False)
+        bench.settle()
+    assert bench.client.closed is not None
+    assert bench.client.closed.reason == "too many failed authentications"
