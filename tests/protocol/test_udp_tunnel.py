@@ -13,11 +13,18 @@ from toppy.protocol.udp_tunnel import (
     encode_datagram_capsules,
     split_payloads,
 )
-from toppy.wire.capsule import DATAGRAM, encode_capsule
+from toppy.wire.capsule import (
+    DATAGRAM,
+    TUNNEL_CLOSED,
+    WRAP_UP,
+    encode_capsule,
+    encode_tunnel_closed,
+    encode_wrap_up,
+)
 
 
-def make_tunnel(*, datagrams: int = 4, size: int = 1000) -> UdpTunnel:
-    return UdpTunnel(hold_datagrams=datagrams, hold_bytes=size)
+def make_tunnel(*, datagrams: int = 4, size: int = 1000, is_client: bool = False) -> UdpTunnel:
+    return UdpTunnel(hold_datagrams=datagrams, hold_bytes=size, is_client=is_client)
 
 
 def test_payloads_held_before_the_tunnel_opens_come_out_in_order() -> None:
@@ -88,9 +95,45 @@ def test_an_end_in_the_middle_of_a_capsule_is_refused() -> None:
         tunnel.receive_body(b"\x00\x05\x00ab", ended=True)
 
 
-@given(st.lists(st.binary(max_size=40), max_size=20))
-def test_garbage_is_payloads_or_a_peer_error(chunks: list[bytes]) -> None:
+def test_wrap_up_tells_a_client_to_leave_and_payloads_go_on() -> None:
+    tunnel = make_tunnel(is_client=True)
+    body = encode_wrap_up() + encode_datagram_capsules(b"more", 0)
+    assert tunnel.receive_body(body, ended=False) == [b"more"]
+    assert tunnel.is_wrapping_up
+    assert tunnel.closed_because is None
+
+
+@pytest.mark.parametrize("body", [encode_capsule(WRAP_UP, b"x"), 2 * encode_wrap_up()])
+def test_wrap_up_with_a_value_or_a_second_one_is_refused(body: bytes) -> None:
+    with pytest.raises(PeerError):
+        make_tunnel(is_client=True).receive_body(body, ended=False)
+
+
+def test_a_gateway_refuses_wrap_up() -> None:
+    with pytest.raises(PeerError):
+        make_tunnel().receive_body(encode_wrap_up(), ended=False)
+
+
+def test_a_client_learns_why_the_gateway_ends_its_tunnel() -> None:
+    tunnel = make_tunnel(is_client=True)
+    body = encode_datagram_capsules(b"last", 0) + encode_tunnel_closed("gw; error=e")
+    assert tunnel.receive_body(body, ended=True) == [b"last"]
+    assert tunnel.closed_because == "gw; error=e"
+
+
+def test_a_reason_beyond_its_bound_is_refused_and_a_gateway_skips_reasons() -> None:
+    with pytest.raises(PeerError):
+        make_tunnel(is_client=True).receive_body(
+            encode_capsule(TUNNEL_CLOSED, bytes(1025)), ended=False
+        )
     tunnel = make_tunnel()
+    assert tunnel.receive_body(encode_tunnel_closed("why"), ended=False) == []
+    assert tunnel.closed_because is None
+
+
+@given(st.lists(st.binary(max_size=40), max_size=20), st.booleans())
+def test_garbage_is_payloads_or_a_peer_error(chunks: list[bytes], is_client: bool) -> None:
+    tunnel = make_tunnel(is_client=is_client)
     try:
         for chunk in chunks:
             assert all(isinstance(p, bytes) for p in tunnel.receive_body(chunk, ended=False))

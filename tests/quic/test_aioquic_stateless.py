@@ -19,7 +19,9 @@ from toppy.quic.aioquic_stateless import (
 )
 from toppy.quic.engine import Address
 
-ISSUER = ConnectionIdIssuer(b"\x54\0\x03\x07", 10, b"k" * 64, random.Random(1).randbytes)
+ISSUER = ConnectionIdIssuer(
+    b"\x54\0\x03\x07", 10, b"k" * 64, random.Random(1).randbytes, reset_prefix=b"\x54\0"
+)
 ADDRESS: Address = ("198.51.100.7", 50000)
 FIRST = FirstPacket(b"destination", b"source", b"")
 

@@ -71,6 +71,15 @@ class TestDatagrams:
         pair.link.run_until(pair.server.payloads)
         assert pair.server.payloads() == [b"next"]
 
+    def test_the_backlog_of_a_tunnel_is_what_waits_for_it_alone(self, pair: Pair) -> None:
+        engine, connection = pair.client.engine, pair.connection
+        engine.send_datagrams(connection, 3, bytes(400_000), 1000)
+        assert 300_000 < engine.datagram_backlog_bytes(connection, 3) <= 410_000
+        assert engine.datagram_backlog_bytes(connection, 4) == 0
+        assert engine.datagram_backlog_bytes(connection + 100, 3) == 0
+        pair.link.run_until(lambda: len(pair.server.payloads(3)) == 400)
+        assert engine.datagram_backlog_bytes(connection, 3) == 0
+
     def test_a_batch_arrives_in_order_and_grouped(self, pair: Pair) -> None:
         payloads = numbered(40, 1000)
         batch = b"".join(payloads) + b"short tail"

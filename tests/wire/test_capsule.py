@@ -7,7 +7,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from toppy.errors import DatagramError, PeerError
-from toppy.wire.capsule import DATAGRAM, Capsule, CapsuleParser, encode_capsule
+from toppy.wire.capsule import (
+    DATAGRAM,
+    MAX_TUNNEL_CLOSED_BYTES,
+    TUNNEL_CLOSED,
+    WRAP_UP,
+    Capsule,
+    CapsuleParser,
+    encode_capsule,
+    encode_tunnel_closed,
+    encode_wrap_up,
+)
 from toppy.wire.varint import encode_varint
 
 UNKNOWN = 0x2F37
@@ -97,4 +107,24 @@ def test_other_types_are_known_when_asked_for() -> None:
     parser = CapsuleParser(100, known_types=frozenset({UNKNOWN}))
     stream = encode_capsule(DATAGRAM, b"a") + encode_capsule(UNKNOWN, b"b")
     assert parser.receive(stream) == [Capsule(UNKNOWN, b"b")]
+    assert parser.skipped == 1
+
+
+def test_wrap_up_is_empty() -> None:
+    parser = CapsuleParser(100, known_types=frozenset({WRAP_UP}))
+    assert parser.receive(encode_wrap_up()) == [Capsule(WRAP_UP, b"")]
+    assert encode_wrap_up() == bytes.fromhex("a72dda5e00")
+
+
+@given(st.text(max_size=2000))
+def test_tunnel_closed_says_why_in_at_most_1024_bytes_of_ascii(reason: str) -> None:
+    parser = CapsuleParser(MAX_TUNNEL_CLOSED_BYTES, known_types=frozenset({TUNNEL_CLOSED}))
+    (capsule,) = parser.receive(encode_tunnel_closed(reason))
+    assert capsule.value.isascii()
+    assert len(capsule.value) == min(len(reason), 1024)
+
+
+def test_those_who_do_not_know_tunnel_closed_skip_it() -> None:
+    parser = CapsuleParser(100)
+    assert parser.receive(encode_tunnel_closed("gw; error=http_request_denied")) == []
     assert parser.skipped == 1

@@ -33,7 +33,8 @@ class DropReason(StrEnum):
     TOO_LARGE_FOR_TARGET = "too_large_for_target"
     """Larger than a UDP datagram to the target may be (EMSGSIZE)."""
     NO_CONNECTION = "no_connection"
-    """Client: no connection to the gateway, and the waiting queue was full."""
+    """Client: no connection to the gateway, or on the move to a new one, and the waiting queue was
+    full."""
     TOO_MANY_PEERS = "too_many_peers"
     """Client: from a local peer beyond ``TOPPY_UDP_MAX_PEERS``."""
     LOCAL_BUFFER_FULL = "local_buffer_full"

@@ -6,9 +6,20 @@ shorter (0: one payload, perhaps empty).
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 
-from toppy.wire.capsule import DATAGRAM, CapsuleParser, encode_capsule
+from toppy.errors import PeerError
+from toppy.wire.capsule import (
+    BARRIER,
+    DATAGRAM,
+    MAX_TUNNEL_CLOSED_BYTES,
+    TUNNEL_CLOSED,
+    WRAP_UP,
+    Capsule,
+    CapsuleParser,
+    encode_capsule,
+)
 from toppy.wire.http_datagram import (
     MAX_UDP_PAYLOAD_BYTES,
     encode_udp_payload,
@@ -19,6 +30,51 @@ Stretch = tuple[bytes, int]
 Buffer = bytes | bytearray | memoryview
 
 _CONTEXT_ID_BYTES = 8
+_GATEWAY_TAKES = frozenset({DATAGRAM, WRAP_UP, BARRIER})
+_CLIENT_TAKES = frozenset({DATAGRAM, WRAP_UP, TUNNEL_CLOSED, BARRIER})
+
+
+class HeldPayloads:
+    """Payloads that wait, in order, and never more than a bound."""
+
+    __slots__ = ("_stretches", "_total_bytes", "_total_datagrams")
+
+    def __init__(self) -> None:
+        self._stretches: deque[Stretch] = deque()
+        self._total_bytes = 0
+        self._total_datagrams = 0
+
+    def __bool__(self) -> bool:
+        return bool(self._stretches)
+
+    def hold(
+        self, payloads: Buffer, segment_size: int, *, max_datagrams: int, max_bytes: int
+    ) -> int:
+        """Keep a copy of a stretch behind the others; returns how many payloads were dropped
+        instead: all of them, when one bound or the other would be passed.
+        """
+        count = count_payloads(len(payloads), segment_size)
+        if (
+            self._total_datagrams + count > max_datagrams
+            or self._total_bytes + len(payloads) > max_bytes
+        ):
+            return count
+        self._stretches.append((bytes(payloads), segment_size))
+        self._total_datagrams += count
+        self._total_bytes += len(payloads)
+        return 0
+
+    def take(self, least_bytes: int | None = None) -> list[Stretch]:
+        """Stretches from the front, no longer held: all, or until they have ``least_bytes``."""
+        taken: list[Stretch] = []
+        size = 0
+        while self._stretches and (least_bytes is None or size < least_bytes):
+            payloads, segment_size = self._stretches.popleft()
+            taken.append((payloads, segment_size))
+            size += len(payloads)
+            self._total_datagrams -= count_payloads(len(payloads), segment_size)
+        self._total_bytes -= size
+        return taken
 
 
 class UdpTunnel:
@@ -26,40 +82,46 @@ class UdpTunnel:
 
     __slots__ = (
         "_held",
-        "_held_bytes",
-        "_held_datagrams",
         "_hold_bytes",
         "_hold_datagrams",
+        "_is_client",
         "_parser",
+        "closed_because",
+        "has_barrier",
         "is_open",
+        "is_wrapping_up",
         "unknown_contexts",
     )
 
-    def __init__(self, *, hold_datagrams: int, hold_bytes: int) -> None:
+    def __init__(self, *, hold_datagrams: int, hold_bytes: int, is_client: bool = False) -> None:
         self.is_open = False
         self.unknown_contexts = 0
+        self.is_wrapping_up = False
+        """Client: the gateway intends to end this stream."""
+        self.has_barrier = False
+        """A BARRIER capsule has arrived."""
+        self.closed_because: str | None = None
+        """Client: the Proxy-Status with which the gateway ends the tunnel."""
+        self._is_client = is_client
         self._hold_datagrams = hold_datagrams
         self._hold_bytes = hold_bytes
-        self._held: list[Stretch] = []
-        self._held_datagrams = 0
-        self._held_bytes = 0
-        self._parser = CapsuleParser(MAX_UDP_PAYLOAD_BYTES + _CONTEXT_ID_BYTES)
+        self._held = HeldPayloads()
+        self._parser = CapsuleParser(
+            MAX_UDP_PAYLOAD_BYTES + _CONTEXT_ID_BYTES,
+            _CLIENT_TAKES if is_client else _GATEWAY_TAKES,
+        )
 
     def hold(self, payloads: Buffer, segment_size: int) -> int:
         """Keep payloads that came before the tunnel is open (RFC 9297 section 3.1).
 
         Returns how many were dropped because the bound was reached.
         """
-        count = count_payloads(len(payloads), segment_size)
-        if (
-            self._held_datagrams + count > self._hold_datagrams
-            or self._held_bytes + len(payloads) > self._hold_bytes
-        ):
-            return count
-        self._held.append((bytes(payloads), segment_size))
-        self._held_datagrams += count
-        self._held_bytes += len(payloads)
-        return 0
+        return self._held.hold(
+            payloads,
+            segment_size,
+            max_datagrams=self._hold_datagrams,
+            max_bytes=self._hold_bytes,
+        )
 
     def open(self) -> list[Stretch]:
         """The tunnel is open; returns what was held, in order."""
@@ -68,17 +130,22 @@ class UdpTunnel:
 
     def discard_held(self) -> list[Stretch]:
         """Forget, and return, what was held: the tunnel was refused."""
-        held, self._held = self._held, []
-        self._held_datagrams = self._held_bytes = 0
-        return held
+        return self._held.take()
 
     def receive_body(self, data: bytes, *, ended: bool) -> list[bytes]:
         """Payloads of the DATAGRAM capsules in ``data``; unknown contexts are counted.
 
-        Raises ``PeerError`` for a capsule that lies about its length or is cut off by the end.
+        Raises ``PeerError`` for a capsule that lies about its length or is cut off by the end, and
+        for WRAP_UP where it may not be.
         """
         payloads = []
         for capsule in self._parser.receive(data):
+            if capsule.capsule_type == BARRIER:
+                self.has_barrier = True
+                continue
+            if capsule.capsule_type != DATAGRAM:
+                self._receive_farewell(capsule)
+                continue
             context_id, payload = parse_http_datagram(capsule.value)
             if context_id == 0:
                 payloads.append(bytes(payload))
@@ -87,6 +154,18 @@ class UdpTunnel:
         if ended:
             self._parser.receive_end()
         return payloads
+
+    def _receive_farewell(self, capsule: Capsule) -> None:
+        if capsule.capsule_type == WRAP_UP:
+            if not self._is_client:
+                raise PeerError("a client may not send WRAP_UP")
+            if capsule.value or self.is_wrapping_up:
+                raise PeerError("WRAP_UP has no value, and comes once")
+            self.is_wrapping_up = True
+        elif len(capsule.value) > MAX_TUNNEL_CLOSED_BYTES:
+            raise PeerError(f"TUNNEL_CLOSED has {len(capsule.value)} bytes")
+        else:
+            self.closed_because = capsule.value.decode("ascii", "replace")
 
 
 def count_payloads(total_bytes: int, segment_size: int) -> int:

@@ -137,6 +137,11 @@ class DatagramQueue:
                 continue
             self._append(quarter_stream_id, prefix + payload)
 
+    def backlog_bytes(self, quarter_stream_id: int) -> int:
+        """What one tunnel has waiting."""
+        tunnel = self._tunnels.get(quarter_stream_id)
+        return tunnel.bytes if tunnel is not None else 0
+
     def discard(self) -> None:
         """Drop and count everything, and take no more: the connection is gone."""
         count = sum(len(tunnel.frames) for tunnel in self._tunnels.values())

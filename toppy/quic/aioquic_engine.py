@@ -135,6 +135,7 @@ class AioquicEngine:
             config.connection_id_bytes,
             config.reset_key or entropy(KEY_BYTES),
             entropy,
+            config.reset_prefix,
         )
         self._retry = RetryTokens(config.token_key or entropy(KEY_BYTES), self._issuer)
         self._resets = RateLimit(_RESETS_PER_S, _RESET_BURST, now)
@@ -264,6 +265,10 @@ class AioquicEngine:
     def stream_backlog_bytes(self, connection: int, stream_id: int) -> int:
         quic = self._quic(connection)
         return 0 if quic is None else quic.backlog_bytes(stream_id)
+
+    def datagram_backlog_bytes(self, connection: int, quarter_stream_id: int) -> int:
+        record = self._records.get(connection)
+        return 0 if record is None else record.queue.backlog_bytes(quarter_stream_id)
 
     def reset_stream(self, connection: int, stream_id: int, error_code: int) -> None:
         quic = self._quic(connection)

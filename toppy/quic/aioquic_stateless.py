@@ -58,6 +58,8 @@ class ConnectionIdIssuer:
     length: int
     reset_key: bytes
     entropy: Entropy
+    reset_prefix: bytes = b""
+    """What every ID that may be reset begins with, whichever worker issued it."""
 
     def new(self) -> bytes:
         """A connection ID: the prefix, then random bytes."""
@@ -76,7 +78,7 @@ class ConnectionIdIssuer:
         connection_id = packet[1 : 1 + self.length]
         if len(packet) <= MIN_RESET_BYTES or len(connection_id) < self.length:
             return None
-        if not connection_id.startswith(self.prefix):
+        if not connection_id.startswith(self.reset_prefix):
             return None
         noise = bytearray(self.entropy(min(len(packet) - 1, _MAX_RESET_BYTES) - RESET_TOKEN_BYTES))
         noise[0] = 0x40 | noise[0] & 0x3F

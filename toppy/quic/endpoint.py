@@ -77,6 +77,15 @@ class StreamAborted:
 
 
 @dataclass(frozen=True, slots=True)
+class GoawayReceived:
+    """Client: the gateway takes no new requests on this connection (RFC 9114 section 5.2)."""
+
+    connection: int
+    first_rejected: int
+    """Requests on this stream and above were not, and will not be, served."""
+
+
+@dataclass(frozen=True, slots=True)
 class RawStreamReceived:
     """Stream bytes of a connection that does not speak HTTP/3."""
 
@@ -92,6 +101,7 @@ EndpointEvent = (
     | HeadersReceived
     | BodyReceived
     | StreamAborted
+    | GoawayReceived
     | RawStreamReceived
     | ConnectionClosed
 )
@@ -180,6 +190,14 @@ class Endpoint:
         if session is not None:
             session.stop_reading(stream_id)
 
+    def send_goaway(self, connection: int) -> None:
+        """Take no more requests on a connection (gateway): those whose first byte has not arrived
+        yet are reset with H3_REQUEST_REJECTED and never become events.
+        """
+        session = self._sessions.get(connection)
+        if session is not None:
+            session.send_goaway()
+
     def may_send_datagrams(self, connection: int) -> bool:
         """Whether the peer takes HTTP Datagrams in DATAGRAM frames; otherwise only capsules."""
         session = self._sessions.get(connection)
@@ -250,6 +268,7 @@ class Endpoint:
         now: float,
     ) -> None:
         connection = event.connection
+        first_rejected = session.first_rejected
         for happened in session.receive(event):
             if isinstance(happened, H3HeadersReceived):
                 self._receive_headers(session, connection, happened)
@@ -263,6 +282,7 @@ class Endpoint:
             not isinstance(event, StreamDataReceived)
             and event.stream_id % 4 == 0
             and not self._is_early_answer(event)
+            and not session.is_rejected(event.stream_id)
         ):
             self._events.append(StreamAborted(connection, event.stream_id, event.error_code))
         if session.closing is not None:
@@ -272,6 +292,8 @@ class Endpoint:
         elif connection in self._awaiting_settings and session.has_settings:
             self._awaiting_settings.discard(connection)
             self._events.append(ConnectionOpened(connection, H3_ALPN))
+        if self._is_client and session.first_rejected not in (None, first_rejected):
+            self._events.append(GoawayReceived(connection, session.first_rejected))
 
     def _is_early_answer(self, event: StreamReset | StopSendingReceived) -> bool:
         """Whether the gateway only says that it needs no more of the request: its answer, which

@@ -69,6 +69,9 @@ class EngineConfig:
     connection_queue_bytes: int = 8 << 20
     """Outgoing datagrams waiting, per connection."""
     connection_id_prefix: bytes = b""
+    reset_prefix: bytes = b""
+    """Packets of unknown connections whose ID begins so are answered with a stateless reset: all
+    workers share the key, and a generation resets what an earlier one left behind."""
     connection_id_bytes: int = 8
     """Length of the connection IDs we issue: the prefix, then random bytes."""
     reset_key: bytes = field(default=b"", repr=False)
@@ -223,6 +226,10 @@ class Engine(Protocol):
         empty) as HTTP Datagrams of context ID 0. Full queue: the tunnel's oldest are dropped and
         counted. Payloads above ``max_payload_bytes`` are dropped and counted.
         """
+        ...
+
+    def datagram_backlog_bytes(self, connection: int, quarter_stream_id: int) -> int:
+        """Bytes given to ``send_datagrams`` for one tunnel that congestion control holds back."""
         ...
 
     def close(self, connection: int, error_code: int, reason: str, now: float) -> None:

@@ -36,10 +36,16 @@ class ConnectionGate:
         self._handshake_deadline: dict[int, float] = {}
         self.retried = 0
         self.refused = 0
+        self.is_draining = False
+        """Nothing new is taken; ``turned_away`` counts the attempts, which another worker gets."""
+        self.turned_away = 0
 
     def decide(self, source: Address, is_validated: bool) -> Admission:
         """Decide on a first Initial packet from ``source``."""
         limits = self._limits
+        if self.is_draining:
+            self.turned_away += 1
+            return Admission.IGNORE
         if len(self._source_of) >= limits.max_connections:
             self.refused += 1
             return Admission.REFUSE

@@ -18,6 +18,7 @@ from aioquic.quic import events as quic_events
 
 from toppy.errors import PeerError
 from toppy.quic.engine import Engine, Event, StopSendingReceived, StreamDataReceived, StreamReset
+from toppy.quic.goaway import GoawayReader, encode_goaway
 
 Headers = Sequence[tuple[bytes, bytes]]
 
@@ -123,6 +124,12 @@ class Http3Session:
         self._h3 = _BoundedH3Connection(self._quic, max_header_bytes)
         self._given_up = given_up
         self._fruitless_bytes = 0
+        self._is_client = is_client
+        self._control = GoawayReader(is_client=is_client)
+        self._next_request = 0
+        """Server: above every request stream that the client has used."""
+        self.first_rejected: int | None = None
+        """Requests on this stream and above are not served: a GOAWAY was sent, or received."""
 
     @property
     def closing(self) -> tuple[int, str] | None:
@@ -150,15 +157,24 @@ class Http3Session:
         """HTTP events (aioquic's ``HeadersReceived`` and ``DataReceived``) that ``event`` makes."""
         match event:
             case StreamDataReceived(stream_id=stream_id, data=data, ended=ended):
+                if self.is_rejected(stream_id):
+                    self.abort(stream_id, H3_REQUEST_REJECTED)
+                    self._count_fruitless(len(data))
+                    return []
+                unread = self._unread_of_new_stream(stream_id)
                 happened = self._h3.handle_event(
                     quic_events.StreamDataReceived(data=data, end_stream=ended, stream_id=stream_id)
                 )
                 if not happened:
-                    self._fruitless_bytes += len(data)
-                    if self._fruitless_bytes > _FRUITLESS_BYTES:
-                        self._quic.closing = (H3_EXCESSIVE_LOAD, "too many bytes without use")
+                    self._count_fruitless(len(data))
                 self._check_buffer(stream_id)
+                if stream_id == self._h3._peer_control_stream_id and self._quic.closing is None:
+                    self._receive_control(unread + data)
                 return [e for e in happened if isinstance(e, HeadersReceived | DataReceived)]
+            case StreamReset(stream_id=stream_id) | StopSendingReceived(stream_id=stream_id) if (
+                self.is_rejected(stream_id)
+            ):
+                pass
             case StreamReset(stream_id=stream_id, error_code=code):
                 self._h3.handle_event(quic_events.StreamReset(error_code=code, stream_id=stream_id))
             case StopSendingReceived(stream_id=stream_id, error_code=code):
@@ -169,8 +185,52 @@ class Http3Session:
                 pass
         return []
 
+    def _count_fruitless(self, size: int) -> None:
+        self._fruitless_bytes += size
+        if self._fruitless_bytes > _FRUITLESS_BYTES:
+            self._quic.closing = (H3_EXCESSIVE_LOAD, "too many bytes without use")
+
+    def _unread_of_new_stream(self, stream_id: int) -> bytes:
+        """What aioquic holds of a stream whose type it does not know yet."""
+        if self._h3._peer_control_stream_id is not None or stream_id % 4 < 2:
+            return b""
+        stream = self._h3._stream.get(stream_id)
+        return stream.buffer if stream is not None and stream.stream_type is None else b""
+
+    def _receive_control(self, data: bytes) -> None:
+        try:
+            found = self._control.receive(data)
+        except PeerError as error:
+            self._quic.closing = (error.h3_error_code, str(error))
+            return
+        if found and self._is_client:  # a client's GOAWAY is about pushes: there are none
+            self.first_rejected = found[-1]
+
+    def is_rejected(self, stream_id: int) -> bool:
+        """Server: whether a GOAWAY has ruled this request out."""
+        if self._is_client or stream_id % 4:
+            return False
+        if self.first_rejected is not None:
+            return stream_id >= self.first_rejected
+        self._next_request = max(self._next_request, stream_id + 4)
+        return False
+
+    def send_goaway(self) -> None:
+        """Serve no request that has not begun to arrive (server, RFC 9114 section 5.2). Those that
+        come nevertheless are reset with H3_REQUEST_REJECTED.
+        """
+        control = self._h3._local_control_stream_id
+        if self.first_rejected is not None or control is None:
+            return
+        self.first_rejected = self._next_request
+        self._quic.send_stream_data(control, encode_goaway(self.first_rejected))
+
     def open_request(self, headers: Headers) -> int | None:
-        """Send request headers on a new stream; its ID, or None while no stream may be opened."""
+        """Send request headers on a new stream; its ID, or None while no stream may be opened, and
+        after a GOAWAY.
+        """
+        if self.first_rejected is not None:
+            return None
         stream_id = self._engine.open_stream(self._connection)
         if stream_id is not None:
             self._h3.send_headers(stream_id, list(headers))

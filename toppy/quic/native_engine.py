@@ -95,6 +95,9 @@ class NativeEngine:
     def stream_backlog_bytes(self, connection: int, stream_id: int) -> int:
         return self._endpoint.stream_backlog_bytes(connection, stream_id)
 
+    def datagram_backlog_bytes(self, connection: int, quarter_stream_id: int) -> int:
+        return self._endpoint.datagram_backlog_bytes(connection, quarter_stream_id)
+
     def reset_stream(self, connection: int, stream_id: int, error_code: int) -> None:
         self._endpoint.reset_stream(connection, stream_id, error_code)
 

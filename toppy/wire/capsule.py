@@ -9,6 +9,19 @@ from toppy.wire.varint import encode_varint, read_varint
 
 DATAGRAM = 0x00
 """RFC 9297 section 3.5."""
+WRAP_UP = 0x272DDA5E
+"""Empty, gateway to client, at most once (draft-ietf-httpbis-wrap-up, provisional number): the
+gateway intends to end this stream."""
+TUNNEL_CLOSED = 0x1A709941
+"""Ours, gateway to client, the last capsule of its stream: a Proxy-Status (RFC 9209) that says why
+the gateway ends an open tunnel. Others skip it (RFC 9297 section 3.2)."""
+MAX_TUNNEL_CLOSED_BYTES = 1024
+BARRIER = 0x1A70996A
+"""Ours, empty, once per tunnel: the gateway sends it back when everything before it has gone to the
+target. A client that moves a tunnel to another connection learns when to go on there without
+overtaking anything."""
+BARRIER_FIELD = (b"toppy-barrier", b"?1")
+"""In a response: this gateway answers BARRIER."""
 _HEADER_BYTES = 16
 
 
@@ -23,6 +36,22 @@ class Capsule:
 def encode_capsule(capsule_type: int, value: bytes) -> bytes:
     """One capsule."""
     return encode_varint(capsule_type) + encode_varint(len(value)) + value
+
+
+def encode_wrap_up() -> bytes:
+    """A WRAP_UP capsule."""
+    return encode_capsule(WRAP_UP, b"")
+
+
+def encode_barrier() -> bytes:
+    """A BARRIER capsule."""
+    return encode_capsule(BARRIER, b"")
+
+
+def encode_tunnel_closed(proxy_status: str) -> bytes:
+    """A TUNNEL_CLOSED capsule; a Proxy-Status beyond 1,024 bytes is cut."""
+    value = proxy_status.encode("ascii", "replace")[:MAX_TUNNEL_CLOSED_BYTES]
+    return encode_capsule(TUNNEL_CLOSED, value)
 
 
 class CapsuleParser:

@@ -37,6 +37,11 @@ def encode_prefix(slot: int, generation: int, *, server_id: int = 0) -> bytes:
     return bytes((MARKER, server_id, slot, generation % 256))
 
 
+def encode_family(*, server_id: int = 0) -> bytes:
+    """What all connection IDs of one gateway begin with, whichever worker issued them."""
+    return bytes((MARKER, server_id))
+
+
 def parse_connection_id(connection_id: bytes, *, server_id: int = 0) -> WorkerAddress | None:
     """Who issued ``connection_id``, or None when it is not one of ours."""
     if len(connection_id) != CONNECTION_ID_BYTES:

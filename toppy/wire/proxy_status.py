@@ -116,6 +116,7 @@ _ADVICE_BY_ERROR = {
     "connection_refused": "nothing listens at the target; check its port and that it runs",
     "connection_timeout": "the target did not answer in time; check that it runs and is reachable "
     "from the gateway",
+    "connection_terminated": "the gateway ended the tunnel; if that goes on, ask its operator",
     "connection_limit_reached": "the gateway has reached a limit; try again later",
     "proxy_internal_error": "the gateway failed; try again, and if it stays so ask its operator to "
     "look at its log",
@@ -132,6 +133,28 @@ _ADVICE_BY_STATUS = {
     503: "the gateway is overloaded or starting; try again later",
     504: "the gateway got no answer in time; try again, and check its name servers",
 }
+
+
+_STATUS_BY_ERROR = {
+    "dns_timeout": 504,
+    "dns_error": 502,
+    "destination_not_found": 500,
+    "destination_unavailable": 503,
+    "destination_ip_prohibited": 502,
+    "destination_ip_unroutable": 502,
+    "connection_refused": 502,
+    "connection_terminated": 502,
+    "connection_timeout": 504,
+    "connection_limit_reached": 503,
+    "http_request_denied": 403,
+    "proxy_internal_error": 500,
+    "proxy_configuration_error": 500,
+}
+
+
+def recommended_status(error: str) -> int:
+    """The HTTP status that RFC 9209 section 2.3 recommends for an error type; 403 for others."""
+    return _STATUS_BY_ERROR.get(error, 403)
 
 
 def explain(status: int, proxy_status: ProxyStatus | None) -> str:

@@ -253,6 +253,11 @@ impl Connection {
             .map_or(0, |id| self.writers.backlog_bytes(id))
     }
 
+    /// Bytes of a tunnel's datagrams that wait outside of quinn-proto.
+    pub fn datagram_backlog_bytes(&self, quarter_stream_id: u64) -> usize {
+        self.queue.tunnel_bytes(quarter_stream_id)
+    }
+
     /// Abandon our sending side.
     pub fn reset_stream(&mut self, stream: u64, error_code: VarInt) {
         if let Some(id) = self.known.sendable(stream) {

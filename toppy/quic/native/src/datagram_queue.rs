@@ -96,7 +96,8 @@ impl DatagramQueue {
         count
     }
 
-    fn tunnel_bytes(&self, tunnel: u64) -> usize {
+    /// What one tunnel has waiting.
+    pub fn tunnel_bytes(&self, tunnel: u64) -> usize {
         self.tunnels.get(&tunnel).map_or(0, |each| each.bytes)
     }
 

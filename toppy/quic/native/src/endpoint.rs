@@ -275,6 +275,12 @@ impl Endpoint {
             .map_or(0, |it| it.stream_backlog_bytes(stream))
     }
 
+    /// See `Connection::datagram_backlog_bytes`.
+    pub fn datagram_backlog_bytes(&self, connection: u64, quarter_stream_id: u64) -> usize {
+        self.find(connection)
+            .map_or(0, |it| it.datagram_backlog_bytes(quarter_stream_id))
+    }
+
     /// See `Connection::reset_stream`.
     pub fn reset_stream(&mut self, connection: u64, stream: u64, error_code: VarInt) {
         if let Some(it) = self.change(connection) {

@@ -139,6 +139,11 @@ impl Endpoint {
         self.core.stream_backlog_bytes(connection, stream_id)
     }
 
+    fn datagram_backlog_bytes(&self, connection: u64, quarter_stream_id: u64) -> usize {
+        self.core
+            .datagram_backlog_bytes(connection, quarter_stream_id)
+    }
+
     fn reset_stream(&mut self, connection: u64, stream_id: u64, error_code: u64) -> PyResult<()> {
         let code = read_code(error_code)?;
         self.core.reset_stream(connection, stream_id, code);
@@ -353,6 +358,7 @@ fn read_settings(config: &Bound<'_, PyAny>) -> PyResult<Settings> {
         tunnel_queue_bytes: number("tunnel_queue_bytes")?,
         connection_queue_bytes: number("connection_queue_bytes")?,
         connection_id_prefix: config.getattr("connection_id_prefix")?.extract()?,
+        reset_prefix: config.getattr("reset_prefix")?.extract()?,
         connection_id_bytes: number("connection_id_bytes")?,
         reset_key: config.getattr("reset_key")?.extract()?,
         token_key: config.getattr("token_key")?.extract()?,

@@ -68,6 +68,7 @@ pub struct Settings {
     pub tunnel_queue_bytes: u64,
     pub connection_queue_bytes: u64,
     pub connection_id_prefix: Vec<u8>,
+    pub reset_prefix: Vec<u8>,
     pub connection_id_bytes: u64,
     pub reset_key: Vec<u8>,
     pub token_key: Vec<u8>,
@@ -126,7 +127,11 @@ impl Settings {
         }
         let reset_key = key("reset_key", &self.reset_key)?;
         let reset_key = hmac::Key::new(hmac::HMAC_SHA256, &reset_key);
-        let ids = PrefixedIds::new(self.connection_id_prefix.clone(), length);
+        let ids = PrefixedIds::new(
+            self.connection_id_prefix.clone(),
+            self.reset_prefix.clone(),
+            length,
+        );
         let mut config = EndpointConfig::new(Arc::new(reset_key));
         config
             .cid_generator(move || Box::new(ids.clone()))
@@ -333,6 +338,7 @@ pub mod examples {
             tunnel_queue_bytes: 1 << 20,
             connection_queue_bytes: 8 << 20,
             connection_id_prefix: Vec::new(),
+            reset_prefix: Vec::new(),
             connection_id_bytes: 10,
             reset_key: vec![1; 64],
             token_key: vec![2; 64],
