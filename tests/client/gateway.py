@@ -94,6 +94,15 @@ class LoopbackGateway:
         self.endpoint.close(connection, 0x100, reason, time.monotonic())
         self._driver.flush_soon()
 
+    def send_goaway(self, connection: int) -> None:
+        self.endpoint.send_goaway(connection)
+        self._driver.flush_soon()
+
+    def send_body(self, request: HeadersReceived, data: bytes, *, end: bool = False) -> None:
+        """Capsules on a tunnel."""
+        self.endpoint.send_body(request.connection, request.stream_id, data, end=end)
+        self._driver.flush_soon()
+
     def _pump(self, now: float) -> None:
         for event in self.endpoint.poll_events(now):
             self.events.append(event)

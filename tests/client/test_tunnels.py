@@ -199,7 +199,7 @@ def test_beyond_the_gateways_stream_limit_tunnels_wait_their_turn() -> None:
 
 
 def test_datagrams_of_a_stream_that_is_no_tunnel_are_counted(world: World) -> None:
-    world.tunnels.receive_datagrams(77, b"abc", 1)
+    world.tunnels.receive_datagrams(world.client_connection, 77, b"abc", 1, world.now)
     assert world.tunnels.drops == {DropReason.UNKNOWN_STREAM: 3}
 
 
@@ -227,9 +227,9 @@ def test_an_interim_response_says_nothing_about_the_tunnel(world: World) -> None
     request = world.requests[0]
     world.gateway.send_headers(request.connection, request.stream_id, [(b":status", b"103")])
     world.run()
-    assert not local.tunnel.protocol.is_open
+    assert not local.tunnel.is_open
     world.accept()
-    assert local.tunnel.protocol.is_open
+    assert local.tunnel.is_open
 
 
 @pytest.mark.parametrize("status", [204, 205, 206, 301])

@@ -12,7 +12,7 @@ import pytest
 from tests.client.world import TARGET, World
 from tests.quic.link import split
 from toppy.client.session import GatewaySession
-from toppy.client.tunnels import Refusal
+from toppy.client.tunnel import Refusal
 from toppy.client.udp_forward import REFUSED_PAUSE_S, UdpForward
 from toppy.model.drop_reason import DropReason
 from toppy.net.udp_socket import SendResult, UdpSocket

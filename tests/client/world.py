@@ -8,11 +8,13 @@ import pytest
 
 from tests.quic.certificates import SERVER_NAME
 from tests.quic.link import CLIENT, SERVER, START, client_config, make_engine, server_config, split
-from toppy.client.tunnels import ClientTunnel, Refusal, Tunnels
+from toppy.client.tunnel import ClientTunnel, Refusal
+from toppy.client.tunnels import Tunnels
 from toppy.model.target import Target
 from toppy.protocol.udp_tunnel import Buffer
 from toppy.quic.endpoint import ConnectionOpened, Endpoint, EndpointEvent, HeadersReceived
 from toppy.quic.engine import ConnectionClosed
+from toppy.quic.h3 import H3_NO_ERROR
 from toppy.wire.connect_udp import FORWARD_TEMPLATE_PATH, response_headers
 
 TEMPLATE = f"https://{SERVER_NAME}:4433{FORWARD_TEMPLATE_PATH}"
@@ -28,12 +30,28 @@ class World:
         self.gateway = Endpoint(make_engine("aioquic", config, now=START), is_client=False)
         engine = make_engine("aioquic", client_config(), now=START)
         self.client = Endpoint(engine, is_client=True)
-        self.tunnels = Tunnels(self.client, template=TEMPLATE, authorization="secret")
+        self.tunnels = Tunnels(
+            self.client, template=TEMPLATE, authorization="secret", on_leave=self._leave
+        )
         self.requests: list[HeadersReceived] = []
         self.events: list[EndpointEvent] = []
         self.arrived: list[bytes] = []
         self.lost: list[str] = []
+        self.deserted: list[int] = []
+        """Connections that the last tunnel has left."""
+        self.leaves = 0
+        """How often the gateway wanted its client to go elsewhere."""
         self.client_connection = -1
+
+    def _leave(self) -> None:
+        self.leaves += 1
+
+    def pass_time(self, seconds: float) -> None:
+        """Let time pass while nothing but timers happens."""
+        until = self.now + seconds
+        while self.now < until:
+            self.now = min(until, self.now + 0.05)
+            self.run()
 
     def connect(self) -> None:
         self.client_connection = self.client.connect(SERVER, SERVER_NAME, self.now)
@@ -42,24 +60,34 @@ class World:
     def run(self) -> None:
         """Carry packets until nothing moves and no timer (pacing, acknowledgements) is near."""
         for _ in range(2000):
-            self.now += 0.001
-            moved = False
-            for data, size, _ in self.client.poll_transmits(self.now):
-                self.gateway.receive(data, size, CLIENT, self.now)
-                moved = True
-            self._pump_gateway()
-            for data, size, _ in self.gateway.poll_transmits(self.now):
-                self.client.receive(data, size, SERVER, self.now)
-                moved = True
-            self._pump_client()
-            timers = [t for e in (self.client, self.gateway) if (t := e.next_timeout())]
+            moved = self.step()
+            timers = [t for e in self._sources if (t := e.next_timeout()) is not None]
             if not moved and min(timers, default=self.now + 1) > self.now + 0.2:
                 return
-            for endpoint in (self.client, self.gateway):
-                due = endpoint.next_timeout()
-                if due is not None and due <= self.now:
-                    endpoint.handle_timeout(self.now)
         pytest.fail("the endpoints never come to rest")
+
+    @property
+    def _sources(self) -> tuple[Endpoint, Endpoint, Tunnels]:
+        return self.client, self.gateway, self.tunnels
+
+    def step(self) -> bool:
+        """One millisecond: carry what there is, then the timers; whether anything moved."""
+        self.now += 0.001
+        moved = False
+        for data, size, _ in self.client.poll_transmits(self.now):
+            self.gateway.receive(data, size, CLIENT, self.now)
+            moved = True
+        self._pump_gateway()
+        for data, size, _ in self.gateway.poll_transmits(self.now):
+            self.client.receive(data, size, SERVER, self.now)
+            moved = True
+        self._pump_client()
+        for source in self._sources:
+            due = source.next_timeout()
+            if due is not None and due <= self.now:
+                source.handle_timeout(self.now)
+                moved = moved or source is self.tunnels
+        return moved
 
     def _pump_gateway(self) -> None:
         for event in self.gateway.poll_events(self.now):
@@ -75,11 +103,14 @@ class World:
                 self.tunnels.connected(event.connection)
             elif isinstance(event, ConnectionClosed):
                 self.lost.append(event.reason)
-                self.tunnels.disconnected()
+                self.tunnels.disconnected(event.connection)
             else:
-                self.tunnels.handle(event)
-        for _, quarter, payloads, size in self.client.poll_datagrams():
-            self.tunnels.receive_datagrams(quarter, payloads, size)
+                self.tunnels.handle(event, self.now)
+        for connection, quarter, payloads, size in self.client.poll_datagrams():
+            self.tunnels.receive_datagrams(connection, quarter, payloads, size, self.now)
+        for connection in self.tunnels.take_deserted():
+            self.deserted.append(connection)
+            self.client.close(connection, H3_NO_ERROR, "", self.now)
 
     def accept(self, index: int = -1) -> HeadersReceived:
         request = self.requests[index]

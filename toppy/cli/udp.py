@@ -23,7 +23,7 @@ from toppy.client.session import (
     SessionState,
 )
 from toppy.client.settings import LoadedClientConfig, gateway_settings, load_client_config
-from toppy.client.tunnels import Refusal
+from toppy.client.tunnel import Refusal
 from toppy.client.udp_forward import UdpForward
 from toppy.config.address import parse_host_port
 from toppy.errors import ConfigError, DeniedError
@@ -120,11 +120,17 @@ class _UdpCommand:
     def on_failure(self, failure: ConnectFailure) -> None:
         self._problem = failure.reason
         if not self._is_terminal:
-            _log.warning(
-                "no connection to the gateway",
-                reason=failure.reason,
-                retry_in_s=round(failure.retry_in_s, 1),
-            )
+            retry_in_s = round(failure.retry_in_s, 1)
+            if failure.is_relaying:
+                _log.warning(
+                    "no new connection to the gateway, which is about to end the old one",
+                    reason=failure.reason,
+                    retry_in_s=retry_in_s,
+                )
+            else:
+                _log.warning(
+                    "no connection to the gateway", reason=failure.reason, retry_in_s=retry_in_s
+                )
 
     def on_refused(self, refusal: Refusal) -> None:
         self._problem = f"refused: {refusal.explanation}"

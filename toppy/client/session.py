@@ -1,4 +1,6 @@
-"""The client's connection to its gateway: dialled, watched, dialled again when it is lost."""
+"""The client's connection to its gateway: dialled, watched, dialled again when it is lost, and
+left for a new one, without a gap, when the gateway says that it goes.
+"""
 
 from __future__ import annotations
 
@@ -66,18 +68,21 @@ class SessionState(Enum):
 
 @dataclass(frozen=True, slots=True)
 class ConnectFailure:
-    """One attempt failed."""
+    """One attempt failed, or the connection was lost."""
 
     reason: str
     retry_in_s: float
+    is_relaying: bool = False
+    """An earlier connection, which the gateway wants to end, still carries the tunnels."""
 
 
 class GatewaySession:
     """Keeps one connection to the gateway, and with it its ``tunnels``.
 
     ``run`` until cancelled. ``on_failure`` hears of every attempt that failed and every connection
-    that was lost; the session goes on by itself. Raises ``ConfigError`` for settings that no
-    engine can work with.
+    that was lost; the session goes on by itself. When the gateway sends its clients away (GOAWAY,
+    WRAP_UP), a new connection is dialled while the old one goes on relaying. Raises
+    ``ConfigError`` for settings that no engine can work with.
     """
 
     def __init__(
@@ -95,16 +100,27 @@ class GatewaySession:
         self.engine_name = engine.name
         self._endpoint = Endpoint(engine, is_client=True)
         self.tunnels = Tunnels(
-            self._endpoint, template=settings.template, authorization=settings.authorization
+            self._endpoint,
+            template=settings.template,
+            authorization=settings.authorization,
+            on_leave=self._leave,
         )
         self._driver = QuicDriver(self._endpoint, self._sockets, self._pump)
         self.state = SessionState.CONNECTING
         self._connection: int | None = None
+        self._connections: set[int] = set()
+        """The current one, and those that tunnels are still leaving."""
         self._attempts: set[int] = set()
         self._has_untried = False
         self._opened: asyncio.Future[None] | None = None
-        self._lost: asyncio.Future[str] | None = None
+        loop = asyncio.get_running_loop()
+        self._lost: asyncio.Future[str] = loop.create_future()
+        """Done when the current connection is gone: why."""
+        self._left: asyncio.Future[str] = loop.create_future()
+        """Done when the gateway wants the current connection to be left."""
         self._last_reason = ""
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_due = 0.0
 
     @property
     def round_trip_s(self) -> float:
@@ -121,38 +137,54 @@ class GatewaySession:
         return self.tunnels.drops
 
     def flush_soon(self) -> None:
-        """Call it after giving ``tunnels`` something to send."""
+        """Call it after giving ``tunnels`` something to do."""
+        self._arm()
         self._driver.flush_soon()
 
     async def run(self) -> None:
-        """Connect, stay connected, reconnect; until cancelled."""
+        """Connect, stay connected, move, reconnect; until cancelled."""
         backoff = Backoff(random.random)
+        self._set_state(SessionState.CONNECTING)
         try:
             while True:
-                self._set_state(SessionState.CONNECTING)
                 try:
                     await self._dial()
-                    self._set_state(SessionState.CONNECTED)
-                    since = time.monotonic()
-                    assert self._lost is not None
-                    reason = f"the connection to the gateway was lost: {await self._lost}"
-                    if time.monotonic() - since >= STABLE_S:
-                        backoff.reset()
                 except _DialError as error:
-                    reason = str(error)
-                self._set_state(SessionState.WAITING)
-                delay_s = backoff.next_delay_s()
-                self._on_failure(ConnectFailure(reason, delay_s))
-                await asyncio.sleep(delay_s)
+                    await self._pause(str(error), backoff.next_delay_s())
+                    continue
+                since = time.monotonic()
+                await asyncio.wait({self._lost, self._left}, return_when=asyncio.FIRST_COMPLETED)
+                delay_s = 0.0
+                if time.monotonic() - since >= STABLE_S:
+                    backoff.reset()
+                else:
+                    delay_s = backoff.next_delay_s()
+                reason = ""
+                if self._lost.done():
+                    reason = f"the connection to the gateway was lost: {self._lost.result()}"
+                await self._pause(reason, delay_s)
         finally:
             await self._close()
+
+    async def _pause(self, reason: str, delay_s: float) -> None:
+        """Between two attempts. A connection that is lost meanwhile cuts the wait short."""
+        is_relaying = self._connection is not None
+        if not is_relaying:
+            self._set_state(SessionState.WAITING)
+        if reason:
+            self._on_failure(ConnectFailure(reason, delay_s, is_relaying))
+        if is_relaying:
+            await asyncio.wait({self._lost}, timeout=delay_s)
+        else:
+            await asyncio.sleep(delay_s)
+        if self._connection is None:
+            self._set_state(SessionState.CONNECTING)
 
     async def _dial(self) -> None:
         settings = self._settings
         addresses = await self._resolve()
-        loop = asyncio.get_running_loop()
-        self._opened = loop.create_future()
-        self._lost = loop.create_future()
+        before = self._connection
+        self._opened = asyncio.get_running_loop().create_future()
         self._last_reason = "no answer (is UDP blocked on the way, or the gateway down?)"
         where = f"{settings.host}:{settings.port}"
         try:
@@ -167,7 +199,7 @@ class GatewaySession:
                         break
                 await self._opened
         except TimeoutError:
-            if self._connection is not None:
+            if self._connection not in (None, before):
                 return  # it came in the very turn in which the time was up
             raise _DialError(f"cannot connect to {where}: {self._last_reason}") from None
         finally:
@@ -200,16 +232,41 @@ class GatewaySession:
                 case ConnectionClosed(connection=connection, reason=reason):
                     self._receive_closed(connection, reason)
                 case _:
-                    if getattr(event, "connection", None) == self._connection:
-                        self.tunnels.handle(event)
+                    if event.connection in self._connections:
+                        self.tunnels.handle(event, now)
         for (
             connection,
             quarter_stream_id,
             payloads,
             segment_size,
         ) in self._endpoint.poll_datagrams():
-            if connection == self._connection:
-                self.tunnels.receive_datagrams(quarter_stream_id, payloads, segment_size)
+            if connection in self._connections:
+                self.tunnels.receive_datagrams(
+                    connection, quarter_stream_id, payloads, segment_size, now
+                )
+        self._close_deserted(now)
+        self._arm()
+
+    def _close_deserted(self, now: float) -> None:
+        for connection in self.tunnels.take_deserted():
+            self._endpoint.close(connection, H3_NO_ERROR, "", now)
+
+    def _arm(self) -> None:
+        due = self.tunnels.next_timeout()
+        if due is None or (self._timer is not None and self._timer_due <= due):
+            return
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer_due = due
+        loop = asyncio.get_running_loop()
+        self._timer = loop.call_later(max(0.0, due - time.monotonic()), self._on_timer)
+
+    def _on_timer(self) -> None:
+        self._timer = None
+        now = time.monotonic()
+        self.tunnels.handle_timeout(now)
+        self._close_deserted(now)
+        self.flush_soon()
 
     def _receive_opened(self, connection: int) -> None:
         assert self._opened is not None
@@ -220,8 +277,17 @@ class GatewaySession:
             return
         self._attempts.discard(connection)
         self._connection = connection
-        self.tunnels.connected(connection)
+        self._connections.add(connection)
+        loop = asyncio.get_running_loop()
+        self._lost = loop.create_future()
+        self._left = loop.create_future()
         self._opened.set_result(None)
+        self.tunnels.connected(connection)
+        self._set_state(SessionState.CONNECTED)
+
+    def _leave(self) -> None:
+        if not self._left.done():
+            self._left.set_result("")
 
     def _receive_closed(self, connection: int, reason: str) -> None:
         if connection in self._attempts:
@@ -238,23 +304,30 @@ class GatewaySession:
                         f"cannot connect to {self._settings.host}:{self._settings.port}: {reason}"
                     )
                 )
-        if connection == self._connection:
-            self._connection = None
-            self.tunnels.disconnected()
-            if self._lost is not None and not self._lost.done():
+        if connection in self._connections:
+            self._connections.discard(connection)
+            if connection == self._connection:
+                self._connection = None
                 self._lost.set_result(reason or "closed by the gateway")
+                if self._opened is not None:  # on the move
+                    self._set_state(SessionState.CONNECTING)
+            self.tunnels.disconnected(connection)
 
     def _set_state(self, state: SessionState) -> None:
         self.state = state
         self._on_state(state)
 
     async def _close(self) -> None:
-        if self._connection is not None:
-            self._endpoint.close(self._connection, H3_NO_ERROR, "", time.monotonic())
+        if self._timer is not None:
+            self._timer.cancel()
+        for connection in self._connections:
+            self._endpoint.close(connection, H3_NO_ERROR, "", time.monotonic())
         self._abandon_attempts()
         self._driver.flush_now()
         with contextlib.suppress(asyncio.CancelledError):
             await asyncio.sleep(_CLOSE_GRACE_S)
+        if self._timer is not None:
+            self._timer.cancel()
         self._driver.close()
         for sock in self._sockets:
             sock.close()

@@ -1,142 +1,179 @@
-"""The client's tunnels on its one connection to the gateway: re-opened when the connection is new.
+"""The client's tunnels: asked for on the newest connection to the gateway, moved there without a
+gap when the gateway sends its clients away, asked for again when a connection is lost.
 
-No sockets and no clock here; the session gives it endpoint events and it calls back.
+No sockets and no clock here; the session gives it endpoint events and the time, and it calls back.
 """
 
 from __future__ import annotations
 
+import heapq
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 
+from toppy.client.tunnel import ClientTunnel, Leg, Refusal
 from toppy.errors import PeerError
 from toppy.model.drop_reason import DropReason
-from toppy.model.target import Target
-from toppy.protocol.udp_tunnel import (
-    Buffer,
-    UdpTunnel,
-    count_payloads,
-    encode_datagram_capsules,
-)
+from toppy.protocol.udp_tunnel import Buffer, count_payloads, encode_datagram_capsules
 from toppy.quic.endpoint import (
     BodyReceived,
     Endpoint,
     EndpointEvent,
+    GoawayReceived,
     HeadersReceived,
     StreamAborted,
 )
-from toppy.quic.h3 import H3_CONNECT_ERROR, H3_REQUEST_CANCELLED
+from toppy.quic.h3 import H3_CONNECT_ERROR, H3_REQUEST_CANCELLED, H3_REQUEST_REJECTED
+from toppy.wire.capsule import BARRIER_FIELD, encode_barrier
 from toppy.wire.connect_udp import expand_template, request_headers
-from toppy.wire.proxy_status import explain, parse_proxy_status
+from toppy.wire.proxy_status import explain, parse_proxy_status, recommended_status
 
 HOLD_DATAGRAMS = 256
 """Payloads that wait per tunnel until the gateway has answered, or is back."""
 HOLD_BYTES = 1 << 20
+MOVE_HOLD_DATAGRAMS = 4096
+"""Payloads that wait per tunnel while it moves: for two round trips, at full speed."""
+MOVE_HOLD_BYTES = 4 << 20
+MOVE_HOLD_LEAST_S = 0.005
+MOVE_HOLD_MOST_S = 1.0
+"""However long the old way takes to empty."""
+LINGER_QUIET_S = 1.0
+"""A leg that was left is ended when nothing arrived for so long: longer than any reply takes."""
+LINGER_MOST_S = 5.0
+DESERTED_GRACE_S = 0.1
+"""Before a connection that the last tunnel has left is closed: its last words get out first."""
+_QUEUE_BYTES = 1 << 19
+"""Up to here the engine's queue of a tunnel is filled with held payloads: half of what it takes."""
+_LOOK_INTERVAL_S = 0.002
+"""Between two looks at how far the engine has got."""
 _CAPSULE_QUEUE_BYTES = 1 << 20
 _NO_CAPSULES = (204, 205, 206)
 """With the Capsule Protocol these are malformed (RFC 9297 section 3.2)."""
-
-
-@dataclass(frozen=True, slots=True)
-class Refusal:
-    """The gateway said no."""
-
-    status: int
-    explanation: str
-    """A plain sentence: what, which rule, what to do next."""
-
-
-class ClientTunnel:
-    """One local peer's way to a target. Survives reconnects."""
-
-    __slots__ = (
-        "datagrams_from_gateway",
-        "datagrams_to_gateway",
-        "deliver",
-        "ended",
-        "protocol",
-        "stream_id",
-        "target",
-    )
-
-    def __init__(
-        self,
-        target: Target,
-        deliver: Callable[[Buffer, int], None],
-        ended: Callable[[Refusal | None], None],
-    ) -> None:
-        self.target = target
-        self.deliver = deliver
-        self.ended = ended
-        self.stream_id: int | None = None
-        self.protocol = UdpTunnel(hold_datagrams=HOLD_DATAGRAMS, hold_bytes=HOLD_BYTES)
-        self.datagrams_to_gateway = 0
-        self.datagrams_from_gateway = 0
 
 
 class Tunnels:
     """All tunnels of one client.
 
     ``deliver(payloads, segment_size)`` of a tunnel is called with what its target sent; ``ended``
-    once, with the refusal, or None when an open tunnel was ended by the gateway.
+    once, with the refusal, or None when an open tunnel was ended by the gateway. ``on_leave`` is
+    called once per connection when the gateway wants its client to go elsewhere: then a new
+    connection is to be made, and told with ``connected``, while the old one goes on.
     """
 
-    def __init__(self, endpoint: Endpoint, *, template: str, authorization: str | None) -> None:
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        *,
+        template: str,
+        authorization: str | None,
+        on_leave: Callable[[], None] = lambda: None,
+    ) -> None:
         self._endpoint = endpoint
         self._engine = endpoint.engine
         self._template = template
         self._authorization = authorization
+        self._on_leave = on_leave
         self._connection: int | None = None
-        self._tunnels: list[ClientTunnel] = []
-        self._by_stream: dict[int, ClientTunnel] = {}
-        self._capsules_only = False
+        self._is_departing = False
+        """The current connection takes no new requests."""
+        self._old: set[int] = set()
+        """Earlier connections that are still there."""
+        self._deserted: list[int] = []
+        self._capsules_only: set[int] = set()
+        self._tunnels: dict[ClientTunnel, None] = {}
+        self._legs: dict[tuple[int, int], Leg] = {}
+        """By connection and stream ID."""
+        self._legs_of: Counter[int] = Counter()
+        self._timers: list[tuple[float, int, Callable[[float], None]]] = []
+        self._timer_count = 0
         self.drops: dict[DropReason, int] = {}
 
     def add(self, tunnel: ClientTunnel) -> None:
         """Open ``tunnel`` now, or as soon as there is a connection."""
-        self._tunnels.append(tunnel)
-        self._request(tunnel)
+        self._tunnels[tunnel] = None
+        self._ask(tunnel)
 
     def remove(self, tunnel: ClientTunnel) -> None:
         """Close ``tunnel``; nothing is called back."""
         if tunnel not in self._tunnels:
             return
-        self._forget(tunnel)
-        if tunnel.stream_id is not None and self._connection is not None:
-            if tunnel.protocol.is_open:
-                self._endpoint.send_body(self._connection, tunnel.stream_id, b"", end=True)
-            else:
-                self._endpoint.abort_stream(
-                    self._connection, tunnel.stream_id, H3_REQUEST_CANCELLED
-                )
+        self._close(tunnel)
         self.retry_waiting()
 
     def connected(self, connection: int) -> None:
-        """A connection is ready: ask for every tunnel on it."""
+        """A connection is ready: ask for every tunnel on it. Those that are open on an earlier one
+        move when the answer is there.
+        """
+        if self._connection is not None:
+            self._old.add(self._connection)
+            self._watch_deserted(self._connection)
         self._connection = connection
-        self._capsules_only = not self._endpoint.may_send_datagrams(connection)
+        self._is_departing = False
+        if not self._endpoint.may_send_datagrams(connection):
+            self._capsules_only.add(connection)
+        for tunnel in self._tunnels:
+            for leg in (tunnel.next, tunnel.current):
+                if leg is not None and not leg.is_open:
+                    self._say_goodbye(leg)
         self.retry_waiting()
 
-    def disconnected(self) -> None:
-        """The connection is gone: tunnels wait for the next one, and hold what they are given."""
-        self._connection = None
-        self._by_stream.clear()
-        for tunnel in self._tunnels:
-            tunnel.stream_id = None
-            if tunnel.protocol.is_open:
-                tunnel.protocol = UdpTunnel(hold_datagrams=HOLD_DATAGRAMS, hold_bytes=HOLD_BYTES)
+    def disconnected(self, connection: int) -> None:
+        """A connection is gone: tunnels that have no other wait for the next one, and hold what
+        they are given.
+        """
+        if connection == self._connection:
+            self._connection = None
+        self._old.discard(connection)
+        self._capsules_only.discard(connection)
+        for leg in [leg for leg in self._legs.values() if leg.connection == connection]:
+            self._forget(leg)
+        del self._legs_of[connection]
+        self.retry_waiting()
+
+    def take_deserted(self) -> list[int]:
+        """Earlier connections that the last tunnel has left: close them."""
+        deserted, self._deserted = self._deserted, []
+        return deserted
+
+    def _watch_deserted(self, connection: int) -> None:
+        """Have an earlier connection closed when the last tunnel has left it."""
+
+        def look(now: float) -> None:
+            if connection in self._old and not self._legs_of[connection]:
+                self._old.discard(connection)
+                self._deserted.append(connection)
+
+        if connection in self._old and not self._legs_of[connection]:
+            self._call_at(0.0, lambda now: self._call_at(now + DESERTED_GRACE_S, look))
+
+    def next_timeout(self) -> float | None:
+        """When ``handle_timeout`` is to be called next."""
+        return self._timers[0][0] if self._timers else None
+
+    def handle_timeout(self, now: float) -> None:
+        """Do what was due by ``now``."""
+        while self._timers and self._timers[0][0] <= now:
+            heapq.heappop(self._timers)[2](now)
 
     def send(self, tunnel: ClientTunnel, payloads: Buffer, segment_size: int) -> None:
         """Payloads of the local peer, on their way to the target."""
-        if not tunnel.protocol.is_open:
-            dropped = tunnel.protocol.hold(payloads, segment_size)
-            self._drop(DropReason.NO_CONNECTION, dropped)
+        leg = tunnel.current
+        if leg is not None and leg.is_open and tunnel.hold_until is None:
+            self._send(leg, payloads, segment_size)
             return
-        connection, stream_id = self._connection, tunnel.stream_id
-        assert connection is not None
-        assert stream_id is not None
+        is_moving = tunnel.hold_until is not None
+        dropped = tunnel.held.hold(
+            payloads,
+            segment_size,
+            max_datagrams=MOVE_HOLD_DATAGRAMS if is_moving else HOLD_DATAGRAMS,
+            max_bytes=MOVE_HOLD_BYTES if is_moving else HOLD_BYTES,
+        )
+        self._drop(DropReason.NO_CONNECTION, dropped)
+
+    def _send(self, leg: Leg, payloads: Buffer, segment_size: int) -> None:
+        connection, stream_id = leg.connection, leg.stream_id
         count = count_payloads(len(payloads), segment_size)
         largest = segment_size or len(payloads)
-        if not self._capsules_only and largest <= self._engine.max_payload_bytes(
+        if connection not in self._capsules_only and largest <= self._engine.max_payload_bytes(
             connection, stream_id // 4
         ):
             self._engine.send_datagrams(connection, stream_id // 4, payloads, segment_size)
@@ -147,62 +184,87 @@ class Tunnels:
                 return
             capsules = encode_datagram_capsules(payloads, segment_size)
             self._endpoint.send_body(connection, stream_id, capsules)
-        tunnel.datagrams_to_gateway += count
+        leg.tunnel.datagrams_to_gateway += count
 
-    def handle(self, event: EndpointEvent) -> None:
-        """An event of the current connection."""
+    def handle(self, event: EndpointEvent, now: float) -> None:
+        """An event of a connection that was told with ``connected``."""
         match event:
-            case HeadersReceived():
-                tunnel = self._by_stream.get(event.stream_id)
-                if tunnel is not None and tunnel.protocol.is_open:  # trailers: there are none
-                    self._endpoint.abort_stream(event.connection, event.stream_id, H3_CONNECT_ERROR)
-                    self._end(tunnel, None)
-                elif tunnel is not None:
-                    self._receive_response(tunnel, event)
-            case BodyReceived():
-                tunnel = self._by_stream.get(event.stream_id)
-                if tunnel is not None:
-                    self._receive_body(tunnel, event)
-            case StreamAborted(stream_id=stream_id, connection=connection):
-                tunnel = self._by_stream.get(stream_id)
-                if tunnel is not None:
+            case HeadersReceived(connection=connection, stream_id=stream_id):
+                leg = self._legs.get((connection, stream_id))
+                if leg is not None and leg.is_open:  # trailers: there are none
+                    self._endpoint.abort_stream(connection, stream_id, H3_CONNECT_ERROR)
+                    self._lose(leg)
+                elif leg is not None:
+                    self._receive_response(leg, event, now)
+            case BodyReceived(connection=connection, stream_id=stream_id):
+                leg = self._legs.get((connection, stream_id))
+                if leg is not None:
+                    self._receive_body(leg, event, now)
+            case StreamAborted(connection=connection, stream_id=stream_id, error_code=error_code):
+                leg = self._legs.get((connection, stream_id))
+                if leg is not None:
                     self._endpoint.abort_stream(connection, stream_id, H3_REQUEST_CANCELLED)
-                    self._end(tunnel, None)
+                    if error_code == H3_REQUEST_REJECTED and not leg.is_open:
+                        self._leave(connection)
+                    self._lose(leg)
+            case GoawayReceived(connection=connection):
+                self._leave(connection)
             case _:
                 pass
 
-    def receive_datagrams(self, quarter_stream_id: int, payloads: bytes, segment_size: int) -> None:
-        """Payloads that arrived in DATAGRAM frames of the current connection."""
-        tunnel = self._by_stream.get(quarter_stream_id * 4)
+    def receive_datagrams(
+        self,
+        connection: int,
+        quarter_stream_id: int,
+        payloads: bytes,
+        segment_size: int,
+        now: float,
+    ) -> None:
+        """Payloads that arrived in DATAGRAM frames."""
+        leg = self._legs.get((connection, quarter_stream_id * 4))
         count = count_payloads(len(payloads), segment_size)
-        if tunnel is None:
+        if leg is None:
             self._drop(DropReason.UNKNOWN_STREAM, count)
             return
-        tunnel.datagrams_from_gateway += count
-        tunnel.deliver(payloads, segment_size)
-
-    def _request(self, tunnel: ClientTunnel) -> None:
-        if self._connection is None:
-            return
-        authority, path = expand_template(self._template, tunnel.target)
-        headers = request_headers(authority, path, self._authorization)
-        stream_id = self._endpoint.send_request(self._connection, headers)
-        if stream_id is not None:  # otherwise it waits until another tunnel ends
-            tunnel.stream_id = stream_id
-            self._by_stream[stream_id] = tunnel
+        leg.last_heard = now
+        leg.tunnel.datagrams_from_gateway += count
+        leg.tunnel.deliver(payloads, segment_size)
 
     def retry_waiting(self) -> None:
         """Ask for tunnels that found no free stream; call it now and then."""
         for tunnel in self._tunnels:
-            if tunnel.stream_id is None:
-                self._request(tunnel)
+            self._ask(tunnel)
 
-    def _receive_response(self, tunnel: ClientTunnel, event: HeadersReceived) -> None:
+    def _ask(self, tunnel: ClientTunnel) -> None:
+        """Request the tunnel on the current connection, unless it is there already."""
+        connection, current = self._connection, tunnel.current
+        if connection is None or self._is_departing or tunnel.next is not None:
+            return
+        if current is not None and current.connection == connection:
+            return
+        authority, path = expand_template(self._template, tunnel.target)
+        headers = request_headers(authority, path, self._authorization)
+        stream_id = self._endpoint.send_request(connection, headers)
+        if stream_id is None:  # it waits until another tunnel ends
+            return
+        leg = self._legs[connection, stream_id] = Leg(tunnel, connection, stream_id)
+        self._legs_of[connection] += 1
+        if current is None:
+            tunnel.current = leg
+        else:
+            tunnel.next = leg
+
+    def _leave(self, connection: int) -> None:
+        if connection == self._connection and not self._is_departing:
+            self._is_departing = True
+            self._on_leave()
+
+    def _receive_response(self, leg: Leg, event: HeadersReceived, now: float) -> None:
         headers = dict(event.headers)
         status = int(headers[b":status"])
         if 200 <= status < 300 and status not in _NO_CAPSULES and not event.ended:
-            for payloads, segment_size in tunnel.protocol.open():
-                self.send(tunnel, payloads, segment_size)
+            leg.answers_barrier = headers.get(BARRIER_FIELD[0]) == BARRIER_FIELD[1]
+            self._open(leg, now)
             return
         proxy_status = headers.get(b"proxy-status")
         said = parse_proxy_status(proxy_status.decode("ascii", "replace")) if proxy_status else None
@@ -210,35 +272,164 @@ class Tunnels:
             self._endpoint.send_body(event.connection, event.stream_id, b"", end=True)
         else:
             self._endpoint.abort_stream(event.connection, event.stream_id, H3_REQUEST_CANCELLED)
-        self._end(tunnel, Refusal(status, explain(status, said)))
+        tunnel = leg.tunnel
+        is_spare = leg is tunnel.next
+        self._forget(leg)
+        # a new gateway that is not ready yet does not take away what works
+        if not (is_spare and (status == 429 or status >= 500)):
+            self._end(tunnel, Refusal(status, explain(status, said)))
 
-    def _receive_body(self, tunnel: ClientTunnel, event: BodyReceived) -> None:
-        unknown_before = tunnel.protocol.unknown_contexts
+    def _open(self, leg: Leg, now: float) -> None:
+        tunnel, old = leg.tunnel, leg.tunnel.current
+        leg.protocol.open()
+        if leg is not tunnel.next or old is None:
+            tunnel.hold_until = now
+            self._release(tunnel, now)
+            return
+        tunnel.current, tunnel.next = leg, None
+        tunnel.leaving.append(old)
+        old.left_at = old.last_heard = now
+        old.is_unsent = True
+        tunnel.hold_until = max(now, tunnel.hold_until or 0.0)
+        self._await_old(old, now)
+        self._call_at(now + LINGER_QUIET_S, lambda now: self._end_if_quiet(old, now))
+
+    def _await_old(self, old: Leg, now: float) -> None:
+        """Wait until what a leg that was left was given is sent, and then until it is there."""
+        tunnel = old.tunnel
+        if tunnel.hold_until is None:
+            return
+        if old not in tunnel.leaving:
+            self._hold(tunnel, max(now, tunnel.hold_until))
+            return
+        if self._backlog_bytes(old) and now - old.left_at < MOVE_HOLD_MOST_S:
+            tunnel.hold_until = max(now + 2 * _LOOK_INTERVAL_S, tunnel.hold_until)
+            self._call_at(now + _LOOK_INTERVAL_S, lambda now: self._await_old(old, now))
+            return
+        old.is_unsent = False
+        wait_s = max(2 * self._engine.round_trip_s(old.connection), MOVE_HOLD_LEAST_S)
+        if old.answers_barrier:
+            # not before: on a stream it would overtake datagrams that wait
+            self._endpoint.send_body(old.connection, old.stream_id, encode_barrier())
+            old.awaits_barrier = True
+            wait_s = MOVE_HOLD_MOST_S
+        self._hold(tunnel, max(now + wait_s, tunnel.hold_until))
+
+    def _hold(self, tunnel: ClientTunnel, until: float) -> None:
+        tunnel.hold_until = until
+        self._call_at(until, lambda now: self._release(tunnel, now))
+
+    def _pass_barrier(self, leg: Leg, now: float) -> None:
+        """Nothing is on its way by a leg that was left, or nobody will tell."""
+        leg.awaits_barrier = False
+        tunnel = leg.tunnel
+        if tunnel.hold_until is not None and not any(
+            other.awaits_barrier or other.is_unsent for other in tunnel.leaving
+        ):
+            tunnel.hold_until = now
+            self._release(tunnel, now)
+
+    def _release(self, tunnel: ClientTunnel, now: float) -> None:
+        """What the old way had is there by now: go on by the new one."""
+        leg = tunnel.current
+        if tunnel.hold_until is None or leg is None or now < tunnel.hold_until:
+            return
+        # a new connection is slow at first: what its queue has no room for waits here
+        room = _QUEUE_BYTES - self._backlog_bytes(leg)
+        for payloads, segment_size in tunnel.held.take(max(room, 0)):
+            self._send(leg, payloads, segment_size)
+        if tunnel.held:
+            self._hold(tunnel, now + _LOOK_INTERVAL_S)
+        else:
+            tunnel.hold_until = None
+
+    def _backlog_bytes(self, leg: Leg) -> int:
+        """What a leg was given and has not sent yet."""
+        connection, stream_id = leg.connection, leg.stream_id
+        return self._engine.datagram_backlog_bytes(
+            connection, stream_id // 4
+        ) + self._engine.stream_backlog_bytes(connection, stream_id)
+
+    def _end_if_quiet(self, leg: Leg, now: float) -> None:
+        if self._legs.get((leg.connection, leg.stream_id)) is not leg:
+            return
+        due = min(leg.last_heard + LINGER_QUIET_S, leg.left_at + LINGER_MOST_S)
+        if now < due:
+            self._call_at(due, lambda now: self._end_if_quiet(leg, now))
+        else:
+            self._say_goodbye(leg)
+
+    def _receive_body(self, leg: Leg, event: BodyReceived, now: float) -> None:
+        tunnel, protocol = leg.tunnel, leg.protocol
+        unknown_before = protocol.unknown_contexts
         try:
-            payloads = tunnel.protocol.receive_body(event.data, ended=event.ended)
+            payloads = protocol.receive_body(event.data, ended=event.ended)
         except PeerError as error:
             self._endpoint.abort_stream(event.connection, event.stream_id, error.h3_error_code)
-            self._end(tunnel, None)
+            self._lose(leg)
             return
-        self._drop(DropReason.UNKNOWN_CONTEXT, tunnel.protocol.unknown_contexts - unknown_before)
+        leg.last_heard = now
+        if leg.awaits_barrier and protocol.has_barrier:
+            self._pass_barrier(leg, now)
+        self._drop(DropReason.UNKNOWN_CONTEXT, protocol.unknown_contexts - unknown_before)
         for payload in payloads:
             tunnel.datagrams_from_gateway += 1
             tunnel.deliver(payload, len(payload))
-        if event.ended:
+        if protocol.is_wrapping_up:
+            self._leave(leg.connection)
+        if event.ended or protocol.closed_because is not None:
             self._endpoint.send_body(event.connection, event.stream_id, b"", end=True)
-            self._end(tunnel, None)
+            self._lose(leg)
+
+    def _lose(self, leg: Leg) -> None:
+        """The gateway has ended a leg: with it the tunnel, unless it has another, or the whole
+        connection is about to be left.
+        """
+        tunnel = leg.tunnel
+        was_current = leg is tunnel.current
+        self._forget(leg)
+        if leg.protocol.closed_because is not None:
+            if was_current:
+                said = parse_proxy_status(leg.protocol.closed_because)
+                status = recommended_status(said.error if said is not None else "")
+                self._end(tunnel, Refusal(status, explain(status, said)))
+        elif was_current and tunnel.current is None:
+            if leg.connection == self._connection and not self._is_departing:
+                self._end(tunnel, None)
+            else:
+                self._ask(tunnel)
 
     def _end(self, tunnel: ClientTunnel, refusal: Refusal | None) -> None:
-        for payloads, segment_size in tunnel.protocol.discard_held():
+        for payloads, segment_size in tunnel.held.take():
             self._drop(DropReason.TUNNEL_REFUSED, count_payloads(len(payloads), segment_size))
-        self._forget(tunnel)
+        self._close(tunnel)
         tunnel.ended(refusal)
         self.retry_waiting()
 
-    def _forget(self, tunnel: ClientTunnel) -> None:
-        self._tunnels.remove(tunnel)
-        if tunnel.stream_id is not None:
-            self._by_stream.pop(tunnel.stream_id, None)
+    def _close(self, tunnel: ClientTunnel) -> None:
+        del self._tunnels[tunnel]
+        for leg in tunnel.legs():
+            self._say_goodbye(leg)
+
+    def _say_goodbye(self, leg: Leg) -> None:
+        """End a leg from our side."""
+        if leg.is_open:
+            self._endpoint.send_body(leg.connection, leg.stream_id, b"", end=True)
+        else:
+            self._endpoint.abort_stream(leg.connection, leg.stream_id, H3_REQUEST_CANCELLED)
+        self._forget(leg)
+
+    def _forget(self, leg: Leg) -> None:
+        del self._legs[leg.connection, leg.stream_id]
+        self._legs_of[leg.connection] -= 1
+        leg.tunnel.forget(leg)
+        if leg.awaits_barrier:
+            self._call_at(0.0, lambda now: self._pass_barrier(leg, now))
+        self._watch_deserted(leg.connection)
+
+    def _call_at(self, due: float, action: Callable[[float], None]) -> None:
+        self._timer_count += 1
+        heapq.heappush(self._timers, (due, self._timer_count, action))
 
     def _drop(self, reason: DropReason, count: int) -> None:
         if count:

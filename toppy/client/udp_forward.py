@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from toppy.client.session import GatewaySession
-from toppy.client.tunnels import ClientTunnel, Refusal
+from toppy.client.tunnel import ClientTunnel, Refusal
 from toppy.model.drop_reason import DropReason
 from toppy.model.target import Target
 from toppy.net.udp_socket import SendResult, UdpSocket
