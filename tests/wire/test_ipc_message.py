@@ -17,16 +17,27 @@ from toppy.wire.ipc_message import (
     SETTINGS_LENGTH,
     AdmissionRequest,
     Admitted,
+    CloseTunnels,
+    ConnectionPage,
+    Drain,
     Hello,
     IpcError,
+    ListConnections,
+    ListTunnels,
+    LiveConnection,
+    LiveTunnel,
+    Owners,
     Ready,
     Report,
+    SetLogLevel,
     Stop,
     TokenAnswer,
     TokenRequest,
+    TunnelPage,
     WorkerSettings,
     encode_message,
     encode_settings,
+    pages,
     parse_from_worker,
     parse_report,
     parse_settings,
@@ -49,12 +60,40 @@ FROM_WORKER = [
         source="192.0.2.1",
     ),
     TokenRequest(request=2, authorization=None),
+    TunnelPage(
+        5,
+        (
+            LiveTunnel(
+                connection=1,
+                quarter_stream_id=2,
+                source="192.0.2.1:5",
+                host="db.example",
+                port=53,
+                protocol="udp",
+                address="192.0.2.53",
+                subject="alice",
+                rule="dns",
+                opened_at=1.5,
+                datagrams_to_target=3,
+                datagrams_to_client=4,
+                authorization="Bearer hidden",
+            ),
+        ),
+        True,
+    ),
+    ConnectionPage(6, (LiveConnection(1, "192.0.2.1:5", "h3", 1, 1.5, 0.02),), False),
 ]
 TO_WORKER = [
     Admitted(1, Grant(("192.0.2.1",), 53, "alice", "rule 1", 1, expires_at=5.5), None),
     Admitted(2, None, Denial(403, "http_request_denied", "no rule allows it", "default")),
     TokenAnswer(request=3, is_valid=True),
     Stop(deadline_s=5.0),
+    Owners(active=(2, 3), generations={0: 1, 2: 2, 3: 2}),
+    Drain(timeout_s=0.0),
+    ListTunnels(request=5, with_authorization=True),
+    ListConnections(request=6),
+    CloseTunnels(((1, 2), (3, 4)), Denial(403, "http_request_denied", "denied", "rule")),
+    SetLogLevel("debug"),
 ]
 REPORT = Report(
     slot=1, generation=2, secret="hidden", counters=WorkerCounters(drops={"malformed": 2})
@@ -65,7 +104,10 @@ SETTINGS = WorkerSettings(
     secret="hidden",
     control_address="ipc:///run/a",
     report_address="ipc:///run/b",
-    sockets=(3, 4),
+    runtime_dir="/run",
+    sockets=((3, 4),),
+    read=(1,),
+    is_steered=True,
     names=("localhost",),
     proxy_name="gw",
     engine="aioquic",
@@ -75,6 +117,7 @@ SETTINGS = WorkerSettings(
     token_key=b"hidden",
     quic={"gso": True},
     limits={"max_connections": 1},
+    orphan_timeout_s=600.0,
     log_level="info",
     log_format="json",
 )
@@ -138,3 +181,11 @@ def test_a_damaged_message_is_a_message_or_refused(message: Any, data: st.DataOb
 def test_deep_nesting_is_refused() -> None:
     with pytest.raises(IpcError):
         parse_from_worker(b"\x91" * 100_000)
+
+
+@given(st.lists(st.binary(max_size=40_000), max_size=20))
+def test_a_list_travels_in_pages_that_each_fit_a_message(items: list[bytes]) -> None:
+    parts = list(pages(items))
+    assert [item for page, _ in parts for item in page] == items
+    assert [is_last for _, is_last in parts] == [False] * (len(parts) - 1) + [True]
+    assert all(sum(map(len, page)) < MAX_MESSAGE_BYTES for page, _ in parts)

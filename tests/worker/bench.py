@@ -31,7 +31,8 @@ from toppy.quic.gate import ConnectionGate, GateLimits
 from toppy.wire.capsule import DATAGRAM, CapsuleParser
 from toppy.wire.connect_udp import request_headers
 from toppy.wire.ipc_message import AdmissionRequest, Admitted, TokenAnswer, TokenRequest
-from toppy.worker.router import Router, RouterLimits, Tunnel
+from toppy.worker.router import Router
+from toppy.worker.tunnel import RouterLimits, Tunnel
 
 E = TypeVar("E")
 UNIX_NOW = 1_700_000_000.0

@@ -65,7 +65,11 @@ def test_a_grant_opens_the_target_and_answers_200(bench: Bench) -> None:
     stream_id = bench.request()
     assert bench.status(stream_id) is None
     bench.answer(GRANT)
-    assert bench.fields(stream_id) == {":status": "200", "capsule-protocol": "?1"}
+    assert bench.fields(stream_id) == {
+        ":status": "200",
+        "capsule-protocol": "?1",
+        "toppy-barrier": "?1",
+    }
     assert bench.target.grant is GRANT
     counters = bench.router.snapshot()
     assert (counters.tunnels_open, counters.tunnels_total) == (1, 1)

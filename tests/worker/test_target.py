@@ -14,12 +14,14 @@ from toppy.errors import TargetError
 from toppy.model.grant import Grant
 from toppy.net.udp_socket import SendResult
 from toppy.protocol.udp_tunnel import Buffer, UdpTunnel
-from toppy.worker.router import Tunnel
+from toppy.wire.ipc_message import AdmissionRequest
 from toppy.worker.target import UdpTarget, open_udp_target
+from toppy.worker.tunnel import Tunnel
 
 
 def tunnel() -> Tunnel:
-    return Tunnel(1, 0, UdpTunnel(hold_datagrams=0, hold_bytes=0), now=0.0)
+    request = AdmissionRequest(1, None, "target.example", 53, "udp", False, "")
+    return Tunnel(1, 0, UdpTunnel(hold_datagrams=0, hold_bytes=0), request, now=0.0)
 
 
 @dataclass

@@ -57,6 +57,11 @@ class ListenSection(Section):
         "UDP addresses of the QUIC port. One SO_REUSEPORT group each.",
     )
     health: str = setting("0.0.0.0:8080", "TCP address of `/healthz` and `/metrics`; empty: none.")
+    steering: bool = setting(
+        True,
+        "Let the kernel bring packets to their worker (classic BPF). Off, or where the system "
+        "cannot: workers hand them on, which costs time.",
+    )
     socket_buffer_bytes: int = setting(
         8 << 20,
         "Asked for as receive and send buffer of each UDP socket; the kernel may give less "
@@ -103,8 +108,8 @@ def _is_same(host: str, other: str) -> bool:
 class TlsSection(Section):
     """The gateway's certificate. Without one: self-signed for localhost, made at start."""
 
-    certificate: str = setting("", "PEM file: the certificate, then its chain.")
-    private_key: str = setting("", "PEM file: the certificate's key; mode 0600.")
+    certificate: str = setting("", "PEM file: the certificate, then its chain.", applies="reload")
+    private_key: str = setting("", "PEM file: the certificate's key; mode 0600.", applies="reload")
 
     @model_validator(mode="after")
     def _both_or_neither(self) -> TlsSection:
@@ -117,16 +122,22 @@ class TlsSection(Section):
 class JwtSection(Section):
     """JSON Web Tokens that the gateway accepts. `exp` is required in them."""
 
-    secret: SecretStr | None = setting(None, "HMAC secret (HS256), at least 16 bytes.")
-    secret_file: str = setting("", "File with the HMAC secret; mode 0600.")
-    public_key_file: str = setting("", "PEM public key: RSA, EC or Ed25519.")
-    jwks_file: str = setting("", "JWK set with public keys, chosen by `kid`.")
-    algorithms: tuple[JwtAlgorithm, ...] = setting(
-        (), "Narrows what the keys allow, for example `['ES256']`. Empty: what fits the key."
+    secret: SecretStr | None = setting(
+        None, "HMAC secret (HS256), at least 16 bytes.", applies="hot"
     )
-    issuer: str = setting("", "Required `iss`; empty: any.")
-    audience: str = setting("", "Required in `aud`; empty: any.")
-    leeway_s: float = setting(60.0, "Clock difference allowed, in seconds.", ge=0, le=600)
+    secret_file: str = setting("", "File with the HMAC secret; mode 0600.", applies="hot")
+    public_key_file: str = setting("", "PEM public key: RSA, EC or Ed25519.", applies="hot")
+    jwks_file: str = setting("", "JWK set with public keys, chosen by `kid`.", applies="hot")
+    algorithms: tuple[JwtAlgorithm, ...] = setting(
+        (),
+        "Narrows what the keys allow, for example `['ES256']`. Empty: what fits the key.",
+        applies="hot",
+    )
+    issuer: str = setting("", "Required `iss`; empty: any.", applies="hot")
+    audience: str = setting("", "Required in `aud`; empty: any.", applies="hot")
+    leeway_s: float = setting(
+        60.0, "Clock difference allowed, in seconds.", ge=0, le=600, applies="hot"
+    )
 
     @property
     def is_configured(self) -> bool:
@@ -152,8 +163,8 @@ class JwtSection(Section):
 class AuthSection(Section):
     """Who may use the gateway. Every method that is configured is accepted."""
 
-    token: SecretStr | None = setting(None, "A shared token, at least 8 characters.")
-    token_file: str = setting("", "File with the shared token; mode 0600.")
+    token: SecretStr | None = setting(None, "A shared token, at least 8 characters.", applies="hot")
+    token_file: str = setting("", "File with the shared token; mode 0600.", applies="hot")
     jwt: JwtSection = Field(default_factory=JwtSection)
 
     @field_validator("token")
@@ -178,7 +189,7 @@ class AuthSection(Section):
 class PolicySection(Section):
     """Ordered rules; the first that matches decides; what no rule allows is denied."""
 
-    rules: tuple[PolicyRule, ...] = setting((), "See below.")
+    rules: tuple[PolicyRule, ...] = setting((), "See below.", applies="hot")
 
     @field_validator("rules")
     @classmethod
@@ -190,25 +201,36 @@ class QuicSection(Section):
     """The QUIC engine and its path."""
 
     engine: Engine = setting(
-        "auto", "`native` (fast, where it was built), `aioquic` (portable), `auto`: the best."
+        "auto",
+        "`native` (fast, where it was built), `aioquic` (portable), `auto`: the best.",
+        applies="reload",
     )
     congestion_control: CongestionControl = setting(
-        "bbr", "How sending adapts to the path; aioquic has no `bbr` and uses `cubic` for it."
+        "bbr",
+        "How sending adapts to the path; aioquic has no `bbr` and uses `cubic` for it.",
+        applies="reload",
     )
     idle_timeout_s: float = setting(
-        30.0, "A connection that is silent for so long is closed.", ge=1, le=3600
+        30.0, "A connection that is silent for so long is closed.", ge=1, le=3600, applies="reload"
     )
     initial_packet_bytes: int = setting(
         1350,
         "UDP payload of the first packets; below 1,280 an inner QUIC handshake does not fit.",
         ge=1200,
         le=9000,
+        applies="reload",
     )
     max_packet_bytes: int = setting(
-        1452, "Upper bound of path MTU discovery (native engine).", ge=1200, le=65527
+        1452,
+        "Upper bound of path MTU discovery (native engine).",
+        ge=1200,
+        le=65527,
+        applies="reload",
     )
-    gso: bool = setting(True, "Send in batches (UDP_SEGMENT); switches itself off where refused.")
-    gro: bool = setting(True, "Receive in batches (UDP_GRO).")
+    gso: bool = setting(
+        True, "Send in batches (UDP_SEGMENT); switches itself off where refused.", applies="reload"
+    )
+    gro: bool = setting(True, "Receive in batches (UDP_GRO).", applies="reload")
 
     @model_validator(mode="after")
     def _ordered(self) -> QuicSection:
@@ -220,16 +242,28 @@ class QuicSection(Section):
 class LimitsSection(Section):
     """Bounds of each worker. Over a limit: an answer that says so, and a counter."""
 
-    max_connections: int = setting(10_000, "Connections of one worker.", ge=1, le=1_000_000)
-    max_connections_per_source: int = setting(
-        1_000, "Of one IPv4 address or one IPv6 /64, in one worker.", ge=1, le=1_000_000
+    max_connections: int = setting(
+        10_000, "Connections of one worker.", ge=1, le=1_000_000, applies="reload"
     )
-    max_tunnels_per_connection: int = setting(1_000, "Beyond it: 429.", ge=1, le=100_000)
+    max_connections_per_source: int = setting(
+        1_000,
+        "Of one IPv4 address or one IPv6 /64, in one worker.",
+        ge=1,
+        le=1_000_000,
+        applies="reload",
+    )
+    max_tunnels_per_connection: int = setting(
+        1_000, "Beyond it: 429.", ge=1, le=100_000, applies="reload"
+    )
     max_streams_per_connection: int = setting(
-        1_024, "Request streams that a client may have open.", ge=1, le=100_000
+        1_024, "Request streams that a client may have open.", ge=1, le=100_000, applies="reload"
     )
     max_header_bytes: int = setting(
-        16_384, "A request's header section, as RFC 9114 section 4.2.2 counts.", ge=1024, le=1 << 20
+        16_384,
+        "A request's header section, as RFC 9114 section 4.2.2 counts.",
+        ge=1024,
+        le=1 << 20,
+        applies="reload",
     )
     tunnel_idle_timeout_s: float = setting(
         120.0,
@@ -237,34 +271,54 @@ class LimitsSection(Section):
         "section 3.1 asks for two minutes at least).",
         ge=1,
         le=86_400,
+        applies="reload",
     )
     handshake_timeout_s: float = setting(
-        10.0, "From the first packet to the end of the handshake.", ge=0.5, le=60
+        10.0, "From the first packet to the end of the handshake.", ge=0.5, le=60, applies="reload"
     )
     retry_threshold: int = setting(
         200,
         "Handshakes under way in a worker above which clients must prove their address (Retry).",
         ge=0,
         le=1_000_000,
+        applies="reload",
     )
     admission_timeout_s: float = setting(
-        10.0, "For authentication, policy and name resolution; beyond it: 504.", ge=1, le=60
+        10.0,
+        "For authentication, policy and name resolution; beyond it: 504.",
+        ge=1,
+        le=60,
+        applies="reload",
     )
     max_pending_admissions: int = setting(
-        1_024, "Tunnels being opened in a worker; beyond it: 429.", ge=1, le=100_000
+        1_024,
+        "Tunnels being opened in a worker; beyond it: 429.",
+        ge=1,
+        le=100_000,
+        applies="reload",
     )
     max_failed_auth_per_connection: int = setting(
-        10, "Refused credentials after which the connection is closed.", ge=1, le=10_000
+        10,
+        "Refused credentials after which the connection is closed.",
+        ge=1,
+        le=10_000,
+        applies="reload",
     )
     early_datagrams_per_tunnel: int = setting(
-        64, "Datagrams held while their tunnel is being opened.", ge=0, le=10_000
+        64, "Datagrams held while their tunnel is being opened.", ge=0, le=10_000, applies="reload"
     )
-    early_bytes_per_tunnel: int = setting(131_072, "The same in bytes.", ge=0, le=1 << 24)
+    early_bytes_per_tunnel: int = setting(
+        131_072, "The same in bytes.", ge=0, le=1 << 24, applies="reload"
+    )
     tunnel_queue_bytes: int = setting(
-        1 << 20, "Datagrams waiting to be sent to the client, per tunnel.", ge=65_536, le=1 << 28
+        1 << 20,
+        "Datagrams waiting to be sent to the client, per tunnel.",
+        ge=65_536,
+        le=1 << 28,
+        applies="reload",
     )
     connection_queue_bytes: int = setting(
-        8 << 20, "The same per connection.", ge=65_536, le=1 << 30
+        8 << 20, "The same per connection.", ge=65_536, le=1 << 30, applies="reload"
     )
 
     @model_validator(mode="after")
@@ -274,13 +328,44 @@ class LimitsSection(Section):
         return self
 
 
+class ReloadSection(Section):
+    """How one generation of workers follows another; see `docs/reload.md`."""
+
+    drain_timeout_s: float = setting(
+        3600.0,
+        "How long an earlier generation goes on for tunnels that do not move by themselves; then "
+        "they are closed. 0: for as long as they want.",
+        ge=0,
+        le=30 * 86_400,
+        applies="reload",
+    )
+    when_full: Literal["fail", "wait"] = setting(
+        "fail",
+        "A reload while earlier generations still hold every slot: refuse it, or wait for one to "
+        "end.",
+        applies="reload",
+    )
+    generations: int = setting(
+        4, "Generations that may run at once, the serving one included.", ge=2, le=16
+    )
+    orphan_timeout_s: float = setting(
+        600.0,
+        "How long workers go on when the control plane is gone and none takes over. 0: for ever.",
+        ge=0,
+        le=30 * 86_400,
+        applies="reload",
+    )
+
+
 class ResolverSection(Section):
     """Name resolution of targets, at the gateway."""
 
     nameservers: CommaList = setting(
-        (), "`IP` or `IP:PORT`; empty: the system's (`/etc/resolv.conf`)."
+        (), "`IP` or `IP:PORT`; empty: the system's (`/etc/resolv.conf`).", applies="hot"
     )
-    timeout_s: float = setting(3.0, "For one name, all servers together.", gt=0, le=30)
+    timeout_s: float = setting(
+        3.0, "For one name, all servers together.", gt=0, le=30, applies="hot"
+    )
 
     @field_validator("nameservers")
     @classmethod
@@ -300,9 +385,11 @@ def _lower(value: Any) -> Any:
 class LogSection(Section):
     """Logs on standard error."""
 
-    level: Annotated[LogLevel, BeforeValidator(_lower)] = setting("info", "What is worth a line.")
+    level: Annotated[LogLevel, BeforeValidator(_lower)] = setting(
+        "info", "What is worth a line.", applies="hot"
+    )
     format: Literal["auto", "console", "json"] = setting(
-        "auto", "`auto`: for people on a terminal, JSON otherwise."
+        "auto", "`auto`: for people on a terminal, JSON otherwise.", applies="reload"
     )
 
 
@@ -319,14 +406,16 @@ class GatewayConfig(Section):
     """``gateway.toml``."""
 
     workers: Annotated[int | Literal["auto"], BeforeValidator(_parse_workers)] = setting(
-        "auto", "Data-plane processes, 1 to 64; `auto`: one per core."
+        "auto", "Data-plane processes, 1 to 64; `auto`: one per core.", applies="reload"
     )
     runtime_dir: str = setting(
         "/run/toppy-gw", "Unix sockets and the lock; mode 0700. Relative to this file."
     )
-    name: str = setting("toppy-gw", "How answers (Proxy-Status) call this gateway.")
+    name: str = setting(
+        "toppy-gw", "How answers (Proxy-Status) call this gateway.", applies="reload"
+    )
     insecure_no_auth: bool = setting(
-        False, "Serve without authentication; only on loopback addresses."
+        False, "Serve without authentication; only on loopback addresses.", applies="hot"
     )
     listen: ListenSection = Field(default_factory=ListenSection)
     tls: TlsSection = Field(default_factory=TlsSection)
@@ -334,8 +423,14 @@ class GatewayConfig(Section):
     policy: PolicySection = Field(default_factory=PolicySection)
     quic: QuicSection = Field(default_factory=QuicSection)
     limits: LimitsSection = Field(default_factory=LimitsSection)
+    reload: ReloadSection = Field(default_factory=ReloadSection)
     resolver: ResolverSection = Field(default_factory=ResolverSection)
     log: LogSection = Field(default_factory=LogSection)
+
+    @property
+    def worker_count(self) -> int:
+        """Data-plane processes, once ``auto`` has become a number."""
+        return self.workers if isinstance(self.workers, int) else 1
 
     @field_validator("name")
     @classmethod

@@ -28,6 +28,8 @@ class WorkerCounters:
     """Attempts beyond a limit, refused or ignored."""
     tunnels_open: int = 0
     tunnels_total: int = 0
+    tunnels_cut: int = 0
+    """Live tunnels ended by the gateway: the policy changed, or an operator said so."""
     datagrams_to_target: int = 0
     bytes_to_target: int = 0
     """Payload bytes, without any header; likewise ``bytes_to_client``."""
@@ -39,6 +41,10 @@ class WorkerCounters:
     pings: int = 0
     socket_overflow: int = 0
     """Packets that the kernel dropped because a slot socket's receive buffer was full."""
+    strays: int = 0
+    """Packets handed over to the worker that they belong to."""
+    strays_lost: int = 0
+    """Packets for a worker whose queue was full, or that was gone."""
     send_errors: int = 0
     """QUIC packets that the kernel refused to send, in batches."""
     drops: dict[str, int] = field(default_factory=dict)

@@ -13,10 +13,14 @@ from collections.abc import Callable, Sequence
 
 from toppy.net.udp_socket import MAX_REMEMBERED_PEERS, SendResult, UdpSocket
 from toppy.quic.endpoint import Endpoint
-from toppy.quic.engine import Address, Transmit
+from toppy.quic.engine import Address, Buffer, Transmit
 
 _RECEIVES_PER_WAKE_UP = 16
 """Then other sockets get their turn; 16 x 64 KiB is what one batch may hold."""
+
+
+ReceiveBatch = Callable[[UdpSocket, Buffer, int, Address, float], None]
+"""What is done with (socket, payloads, segment size, source, now): give it to the endpoint."""
 
 
 class QuicDriver:
@@ -31,6 +35,8 @@ class QuicDriver:
         sockets: Sequence[UdpSocket],
         pump: Callable[[float], None],
         clock: Callable[[], float] = time.monotonic,
+        *,
+        is_reading: bool = True,
     ) -> None:
         self._endpoint = endpoint
         self._sockets = tuple(sockets)
@@ -41,19 +47,49 @@ class QuicDriver:
         self._timer_due = 0.0
         self._flush_is_due = False
         self._unsent: deque[Transmit] = deque()
+        self._receive_batch: ReceiveBatch = self.take
         self.send_errors = 0
         families = [sock.is_ipv6 for sock in self._sockets]
         self._by_peer: dict[Address, UdpSocket] | None = None
         if len(set(families)) < len(families):
             # several sockets of one family: each peer is answered from the one that it reached
             self._by_peer = {}
+        self._is_reading = False
+        if is_reading:
+            self.read(True)
+
+    def read(self, is_reading: bool) -> None:
+        """Whether to take what arrives; left alone, it waits in the sockets for somebody else."""
+        if is_reading == self._is_reading:
+            return
+        self._is_reading = is_reading
         for sock in self._sockets:
-            self._loop.add_reader(sock.fileno(), self._receive, sock)
+            if is_reading:
+                self._loop.add_reader(sock.fileno(), self._receive, sock)
+            else:
+                self._loop.remove_reader(sock.fileno())
+
+    def divert(self, receive_batch: ReceiveBatch) -> None:
+        """Have every received batch looked at first: see ``ReceiveBatch``."""
+        self._receive_batch = receive_batch
+
+    def wake_up(self, now: float) -> None:
+        """Something was given to the endpoint by another way than its sockets."""
+        self._pump(now)
+        self.flush_soon()
+
+    def take(
+        self, sock: UdpSocket, buffer: Buffer, segment_size: int, source: Address, now: float
+    ) -> None:
+        """Give the endpoint what arrived for ``sock``; answers go out there."""
+        if self._by_peer is not None:
+            self._remember(source, sock)
+        self._endpoint.receive(buffer, segment_size, source, now)
 
     def close(self) -> None:
         """Stop; the sockets stay the caller's."""
+        self.read(False)
         for sock in self._sockets:
-            self._loop.remove_reader(sock.fileno())
             self._loop.remove_writer(sock.fileno())
         if self._timer is not None:
             self._timer.cancel()
@@ -73,14 +109,12 @@ class QuicDriver:
 
     def _receive(self, sock: UdpSocket) -> None:
         now = self._clock()
-        receive = self._endpoint.receive
+        receive = self._receive_batch
         for _ in range(_RECEIVES_PER_WAKE_UP):
             batch = sock.receive()
             if batch is None:
                 break
-            if self._by_peer is not None:
-                self._remember(batch[2], sock)
-            receive(batch[0], batch[1], batch[2], now)
+            receive(sock, batch[0], batch[1], batch[2], now)
         self._pump(now)
         self.flush_soon()
 

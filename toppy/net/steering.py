@@ -26,6 +26,7 @@ from toppy.wire.connection_id import CONNECTION_ID_BYTES, MARKER, MAX_SLOTS
 _SO_ATTACH_REUSEPORT_CBPF = 51
 _INSTRUCTION = struct.Struct("=HBBI")  # struct sock_filter
 _PROGRAM = struct.Struct("@HP")  # struct sock_fprog
+_TWO_WORDS = struct.Struct("!II")
 
 # Operation codes (include/uapi/linux/bpf_common.h). A is the accumulator, X the index register.
 LOAD_WORD_AT_X: Final = 0x40  # A = the four bytes at X + k, big endian
@@ -182,6 +183,13 @@ def _return_by_hash(to: _Assembler, active_slots: Sequence[int]) -> None:
             to.test(JUMP_IF_EQUAL, index, if_false=1)
             to.do(RETURN, slot)
     to.do(RETURN, active_slots[0])
+
+
+def choose_active(connection_id: bytes, active_slots: Sequence[int]) -> int:
+    """Where the program sends a new connection with this ID, of at least ``HASHED_BYTES``."""
+    high, low = _TWO_WORDS.unpack_from(connection_id)
+    mixed: int = (low + high * HASH_MULTIPLIER) * HASH_MULTIPLIER & 0xFFFFFFFF
+    return active_slots[(mixed >> HASH_SHIFT) % len(active_slots)]
 
 
 def attach(sock: socket.socket, program: Sequence[Instruction]) -> None:

@@ -297,6 +297,26 @@ class UdpSocket:
                 del self._reached_at[next(iter(self._reached_at))]
             self._reached_at[peer] = ((level, kind, info),)
 
+    def own_address_for(self, peer: Address) -> bytes:
+        """Which of our addresses ``peer`` talks to, for another socket's ``answer_from``; empty
+        where the socket is bound to one.
+        """
+        known = self._reached_at.get(peer) if self._reached_at is not None else None
+        return known[0][2] if known is not None else b""
+
+    def answer_from(self, own_address: bytes, peer: Address) -> None:
+        """Send to ``peer`` from what another worker's socket says that it talks to."""
+        if self._reached_at is None or not own_address:
+            return
+        kind = (
+            (socket.IPPROTO_IPV6, _IPV6_PKTINFO)
+            if self.is_ipv6
+            else (socket.IPPROTO_IP, _IP_PKTINFO)
+        )
+        if peer not in self._reached_at and len(self._reached_at) >= MAX_REMEMBERED_PEERS:
+            del self._reached_at[next(iter(self._reached_at))]
+        self._reached_at[peer] = ((*kind, own_address),)
+
     def send(
         self, payloads: Buffer, segment_size: int, address: Address | None = None
     ) -> SendResult:

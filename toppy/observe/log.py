@@ -52,6 +52,7 @@ FIELDS: Final = frozenset(
         "steered",
         "subject",
         "target",
+        "timeout_s",
         "tunnel",
         "tunnels",
         "value",

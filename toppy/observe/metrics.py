@@ -30,6 +30,21 @@ _COUNTERS: Final[tuple[tuple[str, str, Counted], ...]] = (
         lambda c: c.connections_total,
     ),
     ("tunnels", "Tunnels that were opened.", lambda c: c.tunnels_total),
+    (
+        "tunnels_cut",
+        "Live tunnels that the gateway ended: the policy changed, or an operator said so.",
+        lambda c: c.tunnels_cut,
+    ),
+    (
+        "strays",
+        "Packets handed over to the worker that they belong to.",
+        lambda c: c.strays,
+    ),
+    (
+        "strays_lost",
+        "Packets for another worker whose queue was full, or that was gone.",
+        lambda c: c.strays_lost,
+    ),
     ("pings", "QUIC pings that were asked (ALPN toppy-ping).", lambda c: c.pings),
     (
         "socket_overflow",

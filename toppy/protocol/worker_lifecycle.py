@@ -18,6 +18,8 @@ class WorkerState(Enum):
     """It proved who it is."""
     SERVING = auto()
     """It reads its sockets."""
+    DRAINING = auto()
+    """It takes nothing new and ends when what it has has ended."""
     STOPPING = auto()
     """It was told to stop."""
     GONE = auto()
@@ -30,6 +32,8 @@ class WorkerInput(Enum):
     REQUEST = auto()
     """An admission or token request."""
     REPORT = auto()
+    DRAIN = auto()
+    """Our own decision, not a message."""
     STOP = auto()
     """Our own decision, not a message."""
     EXIT = auto()
@@ -48,8 +52,14 @@ TRANSITIONS: dict[tuple[WorkerState, WorkerInput], WorkerState] = {
     (_S.GREETED, _I.EXIT): _S.GONE,
     (_S.SERVING, _I.REQUEST): _S.SERVING,
     (_S.SERVING, _I.REPORT): _S.SERVING,
+    (_S.SERVING, _I.DRAIN): _S.DRAINING,
     (_S.SERVING, _I.STOP): _S.STOPPING,
     (_S.SERVING, _I.EXIT): _S.GONE,
+    (_S.DRAINING, _I.REQUEST): _S.DRAINING,
+    (_S.DRAINING, _I.REPORT): _S.DRAINING,
+    (_S.DRAINING, _I.DRAIN): _S.DRAINING,
+    (_S.DRAINING, _I.STOP): _S.STOPPING,
+    (_S.DRAINING, _I.EXIT): _S.GONE,
     (_S.STOPPING, _I.HELLO): _S.STOPPING,
     (_S.STOPPING, _I.READY): _S.STOPPING,
     (_S.STOPPING, _I.REQUEST): _S.STOPPING,

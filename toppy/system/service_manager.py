@@ -6,9 +6,11 @@ to stop: nothing here raises for what it does.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import sdnotify
 
@@ -49,6 +51,15 @@ class ServiceManager:
     def stopping(self) -> None:
         """The gateway has begun to stop."""
         self._tell("STOPPING=1")
+
+    def keep(self, sockets: Mapping[str, socket.socket]) -> None:
+        """Keep copies of sockets, and give them to the next start of this service (FDSTORE=1)."""
+        if self._notifier is None:
+            return
+        for name, sock in sockets.items():
+            with contextlib.suppress(OSError):
+                said = f"FDSTORE=1\nFDNAME={name}".encode()
+                socket.send_fds(self._notifier.socket, [said], [sock.fileno()])
 
     def status(self, text: str) -> None:
         """One line for ``systemctl status``."""

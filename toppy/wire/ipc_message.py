@@ -6,6 +6,7 @@ The public UDP port's bytes never travel here; a tunnel is asked for once, when 
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
 import msgspec
@@ -15,6 +16,11 @@ from toppy.model.counters import WorkerCounters
 from toppy.model.grant import Denial, Grant
 
 MAX_MESSAGE_BYTES = 256 * 1024
+PROTOCOL = 1
+"""Raised when these messages change so that another version cannot read them. Workers of the code
+before an upgrade live on beside the new control plane."""
+PAGE_BYTES = 64 * 1024
+"""About so much of a list goes into one message; one item is always far smaller."""
 
 T = TypeVar("T")
 
@@ -33,8 +39,15 @@ class WorkerSettings(msgspec.Struct, frozen=True):
     secret: str
     control_address: str
     report_address: str
-    sockets: tuple[int, ...]
-    """Inherited descriptors: the UDP sockets that this worker reads."""
+    runtime_dir: str
+    """Where workers find each other, and a new control plane finds them."""
+    sockets: tuple[tuple[int, ...], ...]
+    """Inherited descriptors of all the gateway's UDP sockets, one row per listen address. A worker
+    reads its own and holds the others, so that no index in a group ever changes."""
+    read: tuple[int, ...]
+    """Which of each row this worker reads."""
+    is_steered: bool
+    """The kernel brings each packet to the slot that its connection ID names."""
     names: tuple[str, ...]
     """Host names and addresses that count as the gateway itself (echo)."""
     proxy_name: str
@@ -45,6 +58,7 @@ class WorkerSettings(msgspec.Struct, frozen=True):
     token_key: bytes
     quic: dict[str, Any]
     limits: dict[str, Any]
+    orphan_timeout_s: float
     log_level: str
     log_format: str
 
@@ -59,6 +73,7 @@ class Hello(msgspec.Struct, tag="hello", frozen=True):
     generation: int
     pid: int
     secret: str
+    protocol: int = PROTOCOL
 
     def __repr__(self) -> str:
         return f"Hello(slot={self.slot}, generation={self.generation}, pid={self.pid})"
@@ -68,6 +83,8 @@ class Ready(msgspec.Struct, tag="ready", frozen=True):
     """The worker serves its sockets."""
 
     engine: str
+    is_draining: bool = False
+    """Said again to a new control plane: it was draining already."""
 
 
 class AdmissionRequest(msgspec.Struct, tag="admit", frozen=True):
@@ -111,6 +128,100 @@ class TokenAnswer(msgspec.Struct, tag="token_answer", frozen=True):
     is_valid: bool
 
 
+class LiveTunnel(msgspec.Struct, frozen=True):
+    """An open tunnel, as operators see it and as a changed policy is applied to it."""
+
+    connection: int
+    quarter_stream_id: int
+    source: str
+    host: str
+    port: int
+    protocol: str
+    address: str
+    """The one of the grant's that is used; empty for echo."""
+    subject: str
+    rule: str
+    opened_at: float
+    """Unix time."""
+    datagrams_to_target: int
+    datagrams_to_client: int
+    authorization: str | None = None
+    """Only where a changed policy is to be applied to it."""
+
+    def __repr__(self) -> str:
+        return f"LiveTunnel({self.connection}, {self.quarter_stream_id}, {self.host!r})"
+
+
+class LiveConnection(msgspec.Struct, frozen=True):
+    """An open connection, as operators see it."""
+
+    connection: int
+    source: str
+    alpn: str
+    tunnels: int
+    opened_at: float
+    """Unix time."""
+    round_trip_s: float
+
+
+class ListTunnels(msgspec.Struct, tag="list_tunnels", frozen=True):
+    """Asks for every open tunnel."""
+
+    request: int
+    with_authorization: bool = False
+
+
+class ListConnections(msgspec.Struct, tag="list_connections", frozen=True):
+    """Asks for every open connection."""
+
+    request: int
+
+
+class TunnelPage(msgspec.Struct, tag="tunnels", frozen=True):
+    """A part of the answer to ``ListTunnels``."""
+
+    request: int
+    tunnels: tuple[LiveTunnel, ...]
+    is_last: bool
+
+
+class ConnectionPage(msgspec.Struct, tag="connections", frozen=True):
+    """A part of the answer to ``ListConnections``."""
+
+    request: int
+    connections: tuple[LiveConnection, ...]
+    is_last: bool
+
+
+class CloseTunnels(msgspec.Struct, tag="close_tunnels", frozen=True):
+    """End these tunnels, ``(connection, quarter stream ID)``, and tell their clients why."""
+
+    tunnels: tuple[tuple[int, int], ...]
+    denial: Denial
+
+
+class SetLogLevel(msgspec.Struct, tag="log_level", frozen=True):
+    """Log from this level on."""
+
+    level: str
+
+
+class Owners(msgspec.Struct, tag="owners", frozen=True):
+    """Who serves what, from now on; said to every worker at each change."""
+
+    active: tuple[int, ...]
+    """Slots that take new connections."""
+    generations: dict[int, int]
+    """Of every live worker, by slot."""
+
+
+class Drain(msgspec.Struct, tag="drain", frozen=True):
+    """Take nothing new, go on with what there is, and exit when it has ended."""
+
+    timeout_s: float
+    """Then close what is left; 0: never."""
+
+
 class Stop(msgspec.Struct, tag="stop", frozen=True):
     """Close all connections and exit within ``deadline_s``."""
 
@@ -129,8 +240,18 @@ class Report(msgspec.Struct, frozen=True):
         return f"Report(slot={self.slot}, generation={self.generation})"
 
 
-FromWorker = Hello | Ready | AdmissionRequest | TokenRequest
-ToWorker = Admitted | TokenAnswer | Stop
+FromWorker = Hello | Ready | AdmissionRequest | TokenRequest | TunnelPage | ConnectionPage
+ToWorker = (
+    Admitted
+    | TokenAnswer
+    | Owners
+    | Drain
+    | ListTunnels
+    | ListConnections
+    | CloseTunnels
+    | SetLogLevel
+    | Stop
+)
 
 _encoder = msgspec.msgpack.Encoder()
 _from_worker: msgspec.msgpack.Decoder[FromWorker] = msgspec.msgpack.Decoder(FromWorker)
@@ -157,6 +278,20 @@ def parse_to_worker(data: bytes) -> ToWorker:
 def parse_report(data: bytes) -> Report:
     """Raises ``IpcError`` for anything else."""
     return _parse(_report, data)
+
+
+def pages(items: Iterable[T]) -> Iterator[tuple[tuple[T, ...], bool]]:
+    """A list in parts that fit one message each, and whether a part is the last one."""
+    page: list[T] = []
+    size = 0
+    for item in items:
+        item_bytes = len(_encoder.encode(item))
+        if page and size + item_bytes > PAGE_BYTES:
+            yield tuple(page), False
+            page, size = [], 0
+        page.append(item)
+        size += item_bytes
+    yield tuple(page), True
 
 
 SETTINGS_LENGTH = struct.Struct("!I")

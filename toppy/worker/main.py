@@ -1,12 +1,14 @@
 """A data-plane worker: one process, one slot's sockets, QUIC on one side and targets on the other.
 
 Started by the control plane, which writes its settings to the worker's standard input and keeps
-that pipe open: its end tells the worker that the control plane is gone.
+that pipe open: its end tells the worker that the control plane is gone. It goes on then with the
+grants it has, until another control plane takes it over.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import signal
 import socket
@@ -16,6 +18,8 @@ import time
 import uvloop
 
 from toppy.ipc.control_channel import ControlClient
+from toppy.ipc.takeover_channel import TakeoverListener
+from toppy.ipc.worker_sockets import takeover_path
 from toppy.model.grant import Grant
 from toppy.net.quic_driver import QuicDriver
 from toppy.net.udp_socket import UdpSocket
@@ -26,30 +30,49 @@ from toppy.quic.engine import EngineConfig
 from toppy.quic.gate import ConnectionGate, GateLimits
 from toppy.system.descriptors import raise_descriptor_limit
 from toppy.system.process_title import set_process_title
-from toppy.wire.connection_id import CONNECTION_ID_BYTES, encode_prefix
+from toppy.wire.connection_id import (
+    CONNECTION_ID_BYTES,
+    WorkerAddress,
+    encode_family,
+    encode_prefix,
+)
 from toppy.wire.ipc_message import (
     SETTINGS_LENGTH,
     AdmissionRequest,
     Admitted,
+    CloseTunnels,
+    ConnectionPage,
+    Drain,
     Hello,
     IpcError,
+    ListConnections,
+    ListTunnels,
+    Owners,
     Ready,
     Report,
+    SetLogLevel,
     Stop,
     TokenAnswer,
     TokenRequest,
     ToWorker,
+    TunnelPage,
     WorkerSettings,
+    pages,
     parse_settings,
 )
-from toppy.worker.router import Router, RouterLimits, Tunnel
+from toppy.worker.router import Router
+from toppy.worker.strays import Strays
 from toppy.worker.target import UdpTarget, open_udp_target
+from toppy.worker.tunnel import RouterLimits, Tunnel
 
 _TICK_S = 0.5
+_STRAYS_PER_WAKE_UP = 64
 _TARGET_BUFFER_BYTES = 1 << 20
 _STREAM_WINDOW_BYTES = 128 << 10
 _CONNECTION_WINDOW_BYTES = 512 << 10
 """What a stranger can make a worker hold. Tunnels use DATAGRAM frames; capsules need little."""
+
+_log = get_logger("worker")
 
 
 class Worker:
@@ -57,7 +80,7 @@ class Worker:
 
     def __init__(self, settings: WorkerSettings) -> None:
         self._settings = settings
-        self._log = get_logger("worker").bind(slot=settings.slot, generation=settings.generation)
+        self._slot, self._generation = settings.slot, settings.generation
         self._stopped = asyncio.Event()
         now = time.monotonic()
         limits = settings.limits
@@ -86,6 +109,7 @@ class Worker:
                 tunnel_queue_bytes=limits["tunnel_queue_bytes"],
                 connection_queue_bytes=limits["connection_queue_bytes"],
                 connection_id_prefix=encode_prefix(settings.slot, settings.generation),
+                reset_prefix=encode_family(),
                 connection_id_bytes=CONNECTION_ID_BYTES,
                 reset_key=settings.reset_key,
                 token_key=settings.token_key,
@@ -113,24 +137,49 @@ class Worker:
             ),
             proxy_name=settings.proxy_name,
             own_names=frozenset(settings.names),
+            unix_now=time.time(),
         )
-        self._sockets = [
-            UdpSocket(
-                socket.socket(fileno=descriptor),
-                gso=settings.quic["gso"],
-                gro=settings.quic["gro"],
-                answers_from_same_address=True,
-            )
-            for descriptor in settings.sockets
+        rows = [
+            [
+                UdpSocket(
+                    socket.socket(fileno=row[index]),
+                    gso=settings.quic["gso"],
+                    gro=settings.quic["gro"],
+                    answers_from_same_address=True,
+                )
+                for index in settings.read
+            ]
+            for row in settings.sockets
         ]
-        self._driver = QuicDriver(self._endpoint, self._sockets, self._router.pump)
+        self._sockets = [sock for row in rows for sock in row]
+        self._driver = QuicDriver(
+            self._endpoint,
+            self._sockets,
+            self._router.pump,
+            # without steering the generations read the same sockets, one after the other
+            is_reading=settings.is_steered,
+        )
+        own = WorkerAddress(settings.slot, settings.generation % 256)
+        self._strays = Strays(settings.runtime_dir, own, rows, gate, self._driver.take)
+        if not settings.is_steered:
+            self._driver.divert(self._strays.sort)
+        self._connect()
+        self._takeover: TakeoverListener | None = None
+        self._drain_deadline: float | None = None
+        self._orphaned_at: float | None = None
+
+    def _connect(self) -> None:
+        settings = self._settings
         self._control = ControlClient(settings.control_address, settings.report_address)
+        self._receiver = asyncio.get_running_loop().create_task(
+            self._control.serve(self._receive, self._garbage)
+        )
 
     # what the router has done for it
 
     def ask(self, message: AdmissionRequest | TokenRequest) -> bool:
-        """See ``RouterShell``."""
-        return self._control.send(message)
+        """See ``RouterShell``. Without a control plane the question waits for the next one."""
+        return self._orphaned_at is not None or self._control.send(message)
 
     def open_target(self, tunnel: Tunnel, grant: Grant) -> UdpTarget:
         """See ``RouterShell``."""
@@ -143,66 +192,158 @@ class Worker:
         )
 
     async def run(self) -> None:
-        """Serve until told to stop, or until the control plane is gone."""
+        """Serve until told to stop, until drained, or until there is no control plane for long."""
         settings = self._settings
         loop = asyncio.get_running_loop()
         for signal_number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(signal_number, self._stopped.set)
         # a terminal that closes tells the whole group; the control plane decides what follows
         loop.add_signal_handler(signal.SIGHUP, lambda: None)
-        loop.add_reader(sys.stdin.fileno(), self._control_plane_is_gone)
-        self._control.send(Hello(settings.slot, settings.generation, os.getpid(), settings.secret))
-        self._control.send(Ready(self._engine.name))
-        self._log.info("worker serves", engine=self._engine.name)
-        tasks = [
-            loop.create_task(self._control.serve(self._receive, self._garbage)),
-            loop.create_task(self._tick()),
-        ]
+        loop.add_reader(sys.stdin.fileno(), self._lose_parent)
+        loop.add_reader(self._strays.fileno(), self._receive_strays)
+        self._takeover = TakeoverListener(
+            takeover_path(settings.runtime_dir, settings.slot),
+            settings.secret,
+            [descriptor for row in settings.sockets for descriptor in row],
+            self._follow_new_control_plane,
+            self._lose_control_plane,
+        )
+        self._introduce()
+        _log.info(
+            "worker serves", engine=self._engine.name, slot=self._slot, generation=self._generation
+        )
+        ticker = loop.create_task(self._tick())
         try:
             await self._stopped.wait()
         finally:
-            for task in tasks:
+            for task in (self._receiver, ticker):
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await asyncio.gather(self._receiver, ticker, return_exceptions=True)
+            loop.remove_reader(self._strays.fileno())
+            self._takeover.close()
             now = time.monotonic()
             self._router.close(now)
             self._driver.flush_now()
             self._driver.close()
+            self._strays.close()
             self._report()
             # let ZeroMQ's thread hand the last report over
             await asyncio.sleep(0.05)
             self._control.close()
 
-    def _control_plane_is_gone(self) -> None:
+    def _introduce(self) -> None:
+        settings = self._settings
+        self._control.send(Hello(settings.slot, settings.generation, os.getpid(), settings.secret))
+        self._control.send(Ready(self._engine.name, self._drain_deadline is not None))
+
+    # the control plane, and its end
+
+    def _lose_parent(self) -> None:
         asyncio.get_running_loop().remove_reader(sys.stdin.fileno())
-        if not self._stopped.is_set():
-            self._log.warning("control plane is gone, worker stops")
-            self._stopped.set()
+        self._lose_control_plane()
+
+    def _lose_control_plane(self) -> None:
+        if self._orphaned_at is None and not self._stopped.is_set():
+            _log.warning(
+                "control plane is gone, worker goes on",
+                slot=self._slot,
+                generation=self._generation,
+            )
+            self._orphaned_at = time.monotonic()
+
+    def _follow_new_control_plane(self) -> None:
+        """Begin anew: what was said to the old one is lost, and said again."""
+        _log.info("worker has a new control plane", slot=self._slot, generation=self._generation)
+        loop = asyncio.get_running_loop()
+        loop.remove_reader(sys.stdin.fileno())
+        self._orphaned_at = None
+        self._receiver.cancel()
+        self._control.close()
+        self._connect()
+        self._introduce()
+        self._router.ask_again()
+        self._report()
 
     def _receive(self, message: ToWorker) -> None:
+        now = time.monotonic()
         match message:
             case Admitted() | TokenAnswer():
-                self._router.receive_answer(message, time.monotonic())
+                self._router.receive_answer(message, now)
                 self._driver.flush_soon()
+            case Owners(active=active, generations=generations):
+                self._strays.learn(active, generations)
+                if not self._settings.is_steered:
+                    self._driver.read(self._settings.slot in active)
+            case Drain(timeout_s=timeout_s):
+                self._drain(timeout_s, now)
+            case ListTunnels(request=request, with_authorization=with_authorization):
+                tunnels = self._router.live_tunnels(with_authorization=with_authorization)
+                for page, is_last in pages(tunnels):
+                    self._control.send(TunnelPage(request, page, is_last))
+            case ListConnections(request=request):
+                for found, is_last in pages(self._router.live_connections()):
+                    self._control.send(ConnectionPage(request, found, is_last))
+            case CloseTunnels(tunnels=closing, denial=denial):
+                self._router.close_tunnels(closing, denial)
+                self._driver.flush_soon()
+            case SetLogLevel(level=level):
+                configure_logging(level, self._settings.log_format, process="worker")
             case Stop():
                 self._stopped.set()
 
+    def _drain(self, timeout_s: float, now: float) -> None:
+        _log.info(
+            "worker drains", timeout_s=timeout_s, slot=self._slot, generation=self._generation
+        )
+        self._drain_deadline = now + timeout_s if timeout_s else math.inf
+        self._driver.divert(self._strays.sort)
+        self._router.drain(now)
+        self._driver.flush_soon()
+
+    def _receive_strays(self) -> None:
+        now = time.monotonic()
+        for _ in range(_STRAYS_PER_WAKE_UP):
+            if not self._strays.receive(now):
+                break
+        self._driver.wake_up(now)
+
     def _garbage(self, error: IpcError) -> None:
-        self._log.error("control plane sent something else than a message", reason=str(error))
+        _log.error("control plane sent something else than a message", reason=str(error))
 
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(_TICK_S)
-            self._router.tick(time.monotonic(), time.time())
+            now = time.monotonic()
+            self._router.tick(now, time.time())
             self._driver.flush_soon()
             self._report()
+            if self._drain_deadline is not None and (
+                self._router.is_drained or now >= self._drain_deadline
+            ):
+                _log.info(
+                    "worker is drained",
+                    tunnels=self._router.tunnels,
+                    slot=self._slot,
+                    generation=self._generation,
+                )
+                self._stopped.set()
+            patience_s = self._settings.orphan_timeout_s
+            orphaned_at = self._orphaned_at
+            if patience_s and orphaned_at is not None and now - orphaned_at >= patience_s:
+                _log.error(
+                    "no control plane came back, worker stops",
+                    slot=self._slot,
+                    generation=self._generation,
+                )
+                self._stopped.set()
 
     def _report(self) -> None:
         settings = self._settings
         counters = self._router.snapshot()
         counters.socket_overflow = sum(sock.overflow for sock in self._sockets)
         counters.send_errors = self._driver.send_errors
-        counters.send_errors = self._driver.send_errors
+        counters.strays = self._strays.handed_over
+        counters.strays_lost = self._strays.lost
         self._control.report(Report(settings.slot, settings.generation, settings.secret, counters))
 
 

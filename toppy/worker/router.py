@@ -7,8 +7,8 @@ target sockets when told to, so that tests drive the router with plain values.
 from __future__ import annotations
 
 import ipaddress
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from toppy.errors import PeerError, TargetError
 from toppy.model.counters import WorkerCounters
@@ -22,6 +22,7 @@ from toppy.protocol.udp_tunnel import (
     encode_datagram_capsules,
 )
 from toppy.quic.endpoint import (
+    H3_ALPN,
     PING_ALPN,
     BodyReceived,
     ConnectionOpened,
@@ -31,12 +32,26 @@ from toppy.quic.endpoint import (
     RawStreamReceived,
     StreamAborted,
 )
-from toppy.quic.engine import ConnectionAccepted, ConnectionClosed
+from toppy.quic.engine import Address, ConnectionAccepted, ConnectionClosed
 from toppy.quic.gate import ConnectionGate
 from toppy.quic.h3 import H3_CONNECT_ERROR, H3_EXCESSIVE_LOAD, H3_NO_ERROR, H3_REQUEST_CANCELLED
+from toppy.wire.capsule import (
+    BARRIER_FIELD,
+    encode_barrier,
+    encode_tunnel_closed,
+    encode_wrap_up,
+)
 from toppy.wire.connect_udp import RequestError, host_of, response_headers, validate_request
-from toppy.wire.ipc_message import AdmissionRequest, Admitted, TokenAnswer, TokenRequest
+from toppy.wire.ipc_message import (
+    AdmissionRequest,
+    Admitted,
+    LiveConnection,
+    LiveTunnel,
+    TokenAnswer,
+    TokenRequest,
+)
 from toppy.wire.proxy_status import encode_proxy_status
+from toppy.worker.tunnel import RouterLimits, RouterShell, Tunnel
 
 ECHO_PORTS = (7, 9)
 """The built-in echo answers for the gateway's own name on echo's and discard's port (T-066)."""
@@ -46,6 +61,8 @@ _OVERFLOW_INTERVAL_S = 5.0
 """Only a tunnel that was busy so recently can have lost something; a few ticks fit in."""
 _PINGS_AT_ONCE = 8
 """Of one connection, that the control plane has not answered yet."""
+_GOAWAY_GRACE_S = 1.0
+"""A client that was told to go elsewhere leaves by itself; one without tunnels is sent away."""
 _EARLY_STREAMS = 16
 """Of how many requests that are still on their way one connection's datagrams are held."""
 
@@ -60,84 +77,12 @@ _DROP_REASON = {
 
 
 @dataclass(frozen=True, slots=True)
-class RouterLimits:
-    """Bounds of one worker; see ``[limits]`` in the configuration reference."""
+class _Ping:
+    """A ping that waits for the control plane's word."""
 
-    max_tunnels_per_connection: int
-    max_failed_auth_per_connection: int
-    max_pending_admissions: int
-    admission_timeout_s: float
-    tunnel_idle_timeout_s: float
-    early_datagrams_per_tunnel: int
-    early_bytes_per_tunnel: int
-    capsule_queue_bytes: int
-    connection_capsule_queue_bytes: int
-
-
-class TargetSocket(Protocol):
-    """The far side of a tunnel: a connected UDP socket."""
-
-    @property
-    def sent_bytes(self) -> int:
-        """How much of the payloads went out when ``send`` did not answer SENT."""
-        ...
-
-    @property
-    def overflow(self) -> int:
-        """Datagrams from the target that the kernel has dropped so far: the buffer was full."""
-        ...
-
-    def send(self, payloads: Buffer, segment_size: int) -> SendResult: ...
-
-    def close(self) -> None: ...
-
-
-class RouterShell(Protocol):
-    """What the router has done for it."""
-
-    def ask(self, message: AdmissionRequest | TokenRequest) -> bool:
-        """Send a question to the control plane; False when it cannot be asked now."""
-        ...
-
-    def open_target(self, tunnel: Tunnel, grant: Grant) -> TargetSocket:
-        """Connect to the grant's first reachable address; raises ``TargetError``."""
-        ...
-
-
-class Tunnel:
-    """One request stream and what it carries."""
-
-    __slots__ = (
-        "asked_at",
-        "capsules_only",
-        "connection",
-        "datagrams_to_client",
-        "datagrams_to_target",
-        "grant",
-        "last_active",
-        "overflow",
-        "protocol",
-        "stream_id",
-        "target",
-    )
-
-    def __init__(self, connection: int, stream_id: int, protocol: UdpTunnel, *, now: float) -> None:
-        self.connection = connection
-        self.stream_id = stream_id
-        self.protocol = protocol
-        self.asked_at = now
-        self.last_active = now
-        self.grant: Grant | None = None
-        self.target: TargetSocket | None = None
-        self.capsules_only = False
-        self.overflow = 0
-        self.datagrams_to_target = 0
-        self.datagrams_to_client = 0
-
-    @property
-    def key(self) -> tuple[int, int]:
-        """(connection, quarter stream ID)."""
-        return self.connection, self.stream_id // 4
+    connection: int
+    stream_id: int
+    request: TokenRequest
 
 
 @dataclass(slots=True)
@@ -154,6 +99,8 @@ class _Peer:
     """Connections that speak ``toppy-ping``: what each stream has said so far."""
     pings_asked: int = 0
     """Pings of this connection that the control plane has not answered yet."""
+    opened_at: float = 0.0
+    """Unix time."""
 
 
 class Router:
@@ -168,6 +115,7 @@ class Router:
         *,
         proxy_name: str,
         own_names: frozenset[str],
+        unix_now: float = 0.0,
     ) -> None:
         self._endpoint = endpoint
         self._engine = endpoint.engine
@@ -178,9 +126,12 @@ class Router:
         self._own_names = own_names
         self._peers: dict[int, _Peer] = {}
         self._tunnels: dict[tuple[int, int], Tunnel] = {}
-        self._questions: dict[int, Tunnel | tuple[int, int]] = {}
+        self._questions: dict[int, Tunnel | _Ping] = {}
         self._next_question = 1
         self._early_peers: set[int] = set()
+        self._drained_since: float | None = None
+        self._unanswered_barriers: list[Tunnel] = []
+        self._unix_now = unix_now
         self.counters = WorkerCounters()
 
     # events from the network
@@ -203,6 +154,15 @@ class Router:
                 self._drop(DropReason.EARLY_QUEUE_FULL, dropped)
             else:
                 self._send_to_target(tunnel, payloads, segment_size, now)
+        if self._unanswered_barriers:
+            self._answer_barriers()
+
+    def _answer_barriers(self) -> None:
+        """What came before them, in the same packets too, has gone to the targets by now."""
+        for tunnel in self._unanswered_barriers:
+            if tunnel.grant is not None:
+                self._endpoint.send_body(tunnel.connection, tunnel.stream_id, encode_barrier())
+        self._unanswered_barriers.clear()
 
     def _hold_early(
         self, connection: int, quarter_stream_id: int, payloads: bytes, segment_size: int
@@ -250,8 +210,12 @@ class Router:
                 self._gate.completed(connection)
                 self.counters.handshakes_completed += 1
                 self._peers[connection] = _Peer(
-                    tunnels=set(), pings={} if alpn == PING_ALPN else None
+                    tunnels=set(),
+                    pings={} if alpn == PING_ALPN else None,
+                    opened_at=self._unix_now,
                 )
+                if self._drained_since is not None:  # its handshake was under way
+                    self._endpoint.send_goaway(connection)
             case ConnectionClosed(connection=connection):
                 if not self._gate.closed(connection):
                     self.counters.handshakes_failed += 1
@@ -301,7 +265,6 @@ class Router:
             self._refuse(connection, stream_id, denial)
             return
         protocol = peer.early.pop(stream_id // 4, None) or self._new_protocol()
-        tunnel = Tunnel(connection, stream_id, protocol, now=now)
         target = request.target
         is_echo = (
             not request.is_forward
@@ -318,6 +281,7 @@ class Router:
             is_echo=is_echo,
             source=source[0] if source is not None else "",
         )
+        tunnel = Tunnel(connection, stream_id, protocol, question, now=now)
         if len(self._questions) >= self._limits.max_pending_admissions or not self._shell.ask(
             question
         ):
@@ -341,13 +305,13 @@ class Router:
         """The control plane decided. Answers to questions that timed out are ignored."""
         asked = self._questions.pop(answer.request, None)
         if isinstance(answer, TokenAnswer):
-            if isinstance(asked, tuple):
-                peer = self._peers.get(asked[0])
+            if isinstance(asked, _Ping):
+                peer = self._peers.get(asked.connection)
                 if peer is not None:
                     peer.pings_asked -= 1
-                self._answer_ping(*asked, is_valid=answer.is_valid)
+                self._answer_ping(asked.connection, asked.stream_id, is_valid=answer.is_valid)
                 if not answer.is_valid:
-                    self._count_failed_auth(asked[0], now)
+                    self._count_failed_auth(asked.connection, now)
             return
         if not isinstance(asked, Tunnel) or asked.key not in self._tunnels:
             return
@@ -365,13 +329,18 @@ class Router:
                 self._deny(tunnel, Denial(error.status, error.proxy_status, str(error)), now)
                 return
         tunnel.grant = grant
+        tunnel.opened_at = self._unix_now
         tunnel.last_active = now
         tunnel.capsules_only = not self._endpoint.may_send_datagrams(tunnel.connection)
         self.counters.tunnels_total += 1
         self.counters.count_admission("granted")
-        self._endpoint.send_headers(tunnel.connection, tunnel.stream_id, response_headers(200))
+        self._endpoint.send_headers(
+            tunnel.connection, tunnel.stream_id, [*response_headers(200), BARRIER_FIELD]
+        )
         for payloads, segment_size in tunnel.protocol.open():
             self._send_to_target(tunnel, payloads, segment_size, now)
+        if self._drained_since is not None:
+            self._tell_to_wrap_up(tunnel)
 
     def _deny(self, tunnel: Tunnel, denial: Denial, now: float) -> None:
         for payloads, segment_size in tunnel.protocol.discard_held():
@@ -427,6 +396,9 @@ class Router:
                 self._drop(DropReason.EARLY_QUEUE_FULL, protocol.hold(payload, len(payload)))
             else:
                 self._send_to_target(tunnel, payload, len(payload), now)
+        if protocol.has_barrier and not tunnel.has_answered_barrier:
+            tunnel.has_answered_barrier = True
+            self._unanswered_barriers.append(tunnel)
         if event.ended and tunnel.grant is None:
             self._deny(tunnel, _ENDED_EARLY, now)
         elif event.ended:
@@ -519,8 +491,98 @@ class Router:
             self._count_overflow(tunnel)
             tunnel.target.close()
 
+    def drain(self, now: float) -> None:
+        """Take nothing new; tell every client, so that it can go elsewhere."""
+        if self._drained_since is not None:
+            return
+        self._drained_since = now
+        self._gate.is_draining = True
+        for connection in self._peers:
+            self._endpoint.send_goaway(connection)
+        for tunnel in self._tunnels.values():
+            self._tell_to_wrap_up(tunnel)
+
+    def _tell_to_wrap_up(self, tunnel: Tunnel) -> None:
+        if tunnel.grant is not None:
+            self._endpoint.send_body(tunnel.connection, tunnel.stream_id, encode_wrap_up())
+
+    def _close_idle_drained(self, now: float) -> None:
+        assert self._drained_since is not None
+        if now - self._drained_since < _GOAWAY_GRACE_S:
+            return
+        for connection, peer in list(self._peers.items()):
+            if not peer.tunnels and not peer.pings_asked:
+                self._endpoint.close(connection, H3_NO_ERROR, "the gateway moves on", now)
+
+    @property
+    def is_drained(self) -> bool:
+        """Nothing is left of what there was when ``drain`` was called."""
+        return self._drained_since is not None and not self._gate.connections
+
+    def close_tunnels(self, tunnels: Iterable[tuple[int, int]], denial: Denial) -> int:
+        """End live tunnels and say why; how many of them there were."""
+        reason = encode_proxy_status(
+            self._proxy_name,
+            error=denial.proxy_status,
+            details=denial.details,
+            rule=denial.rule,
+        )
+        closed = 0
+        for key in tunnels:
+            tunnel = self._tunnels.get(key)
+            if tunnel is None or tunnel.grant is None:
+                continue
+            closed += 1
+            said = encode_tunnel_closed(reason)
+            self._endpoint.send_body(tunnel.connection, tunnel.stream_id, said, end=True)
+            self._endpoint.stop_reading(tunnel.connection, tunnel.stream_id)
+            self.counters.tunnels_cut += 1
+            self._forget(tunnel)
+        return closed
+
+    def ask_again(self) -> None:
+        """There is a new control plane: put every open question to it."""
+        for asked in self._questions.values():
+            self._shell.ask(asked.request)
+
+    def live_tunnels(self, *, with_authorization: bool) -> Iterator[LiveTunnel]:
+        """Every open tunnel."""
+        for tunnel in self._tunnels.values():
+            if tunnel.grant is None:
+                continue
+            yield LiveTunnel(
+                connection=tunnel.connection,
+                quarter_stream_id=tunnel.stream_id // 4,
+                source=_source_text(self._engine.peer_address(tunnel.connection)),
+                host=tunnel.request.host,
+                port=tunnel.request.port,
+                protocol=tunnel.request.protocol,
+                address=tunnel.target.address if tunnel.target is not None else "",
+                subject=tunnel.grant.subject,
+                rule=tunnel.grant.rule,
+                opened_at=tunnel.opened_at,
+                datagrams_to_target=tunnel.datagrams_to_target,
+                datagrams_to_client=tunnel.datagrams_to_client,
+                authorization=tunnel.request.authorization if with_authorization else None,
+            )
+
+    def live_connections(self) -> Iterator[LiveConnection]:
+        """Every open connection."""
+        for connection, peer in self._peers.items():
+            yield LiveConnection(
+                connection=connection,
+                source=_source_text(self._engine.peer_address(connection)),
+                alpn=PING_ALPN if peer.pings is not None else H3_ALPN,
+                tunnels=len(peer.tunnels),
+                opened_at=peer.opened_at,
+                round_trip_s=self._engine.round_trip_s(connection),
+            )
+
     def tick(self, now: float, unix_now: float) -> None:
         """Once a second or so: end what took too long."""
+        self._unix_now = unix_now
+        if self._drained_since is not None:
+            self._close_idle_drained(now)
         for connection in self._gate.overdue(now):
             self._endpoint.close(connection, H3_NO_ERROR, "the handshake took too long", now)
         for connection in self._early_peers:
@@ -539,7 +601,7 @@ class Router:
                         504, "proxy_internal_error", "the gateway took too long to decide"
                     )
                     self._deny(asked, denial, now)
-            elif asked[0] not in self._peers:
+            elif asked.connection not in self._peers:
                 del self._questions[request]
         for tunnel in list(self._tunnels.values()):
             grant = tunnel.grant
@@ -586,7 +648,7 @@ class Router:
             return
         self._next_question += 1
         peer.pings_asked += 1
-        self._questions[question.request] = (event.connection, event.stream_id)
+        self._questions[question.request] = _Ping(event.connection, event.stream_id, question)
 
     def _ask_about_ping(self, question: TokenRequest) -> bool:
         return len(self._questions) < self._limits.max_pending_admissions and self._shell.ask(
@@ -614,3 +676,9 @@ class Router:
         counters.handshakes_retried = self._gate.retried
         counters.handshakes_refused = self._gate.refused
         return counters
+
+
+def _source_text(address: Address | None) -> str:
+    if address is None:
+        return ""
+    return f"[{address[0]}]:{address[1]}" if ":" in address[0] else f"{address[0]}:{address[1]}"

@@ -10,7 +10,7 @@ from toppy.errors import TargetError
 from toppy.model.grant import Grant
 from toppy.net.udp_socket import SendResult, UdpSocket, connect_udp
 from toppy.protocol.udp_tunnel import Buffer
-from toppy.worker.router import Tunnel
+from toppy.worker.tunnel import Tunnel
 
 _RECEIVES_PER_WAKE_UP = 8
 """Then other tunnels get their turn."""
@@ -21,22 +21,23 @@ Received = Callable[[Tunnel, Buffer, int, float], None]
 class UdpTarget:
     """One tunnel's socket. It takes datagrams from the target's address and no other."""
 
-    __slots__ = ("_done", "_loop", "_received", "_socket", "_tunnel")
+    __slots__ = ("_done", "_loop", "_received", "_socket", "_tunnel", "address")
 
     def __init__(
         self,
         tunnel: Tunnel,
+        address: str,
         socket: UdpSocket,
         received: Received,
         done: Callable[[], None],
-        loop: asyncio.AbstractEventLoop,
     ) -> None:
         self._tunnel = tunnel
+        self.address = address
         self._socket = socket
         self._received = received
         self._done = done
-        self._loop = loop
-        loop.add_reader(socket.fileno(), self._receive)
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(socket.fileno(), self._receive)
 
     @property
     def sent_bytes(self) -> int:
@@ -86,7 +87,7 @@ def open_udp_target(
         except OSError as error:
             reason = error.strerror or str(error)
             continue
-        return UdpTarget(tunnel, UdpSocket(sock), received, done, asyncio.get_running_loop())
+        return UdpTarget(tunnel, address, UdpSocket(sock), received, done)
     raise TargetError(
         f"no way to the target: {reason}", status=502, proxy_status="destination_ip_unroutable"
     )
