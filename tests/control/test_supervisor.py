@@ -1,344 +1,199 @@
-"""The supervisor with processes, channel and admission that do as the test says."""
+"""The supervisor: how workers start, who may speak, what is answered, and how they end."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import itertools
 import signal
-from collections.abc import Callable, Coroutine
-from typing import Any, cast
+import time
+from collections.abc import Mapping, Sequence
+from typing import cast
 
 import pytest
 
+from tests.control.stage import (
+    GRANT,
+    FakeAdmission,
+    Run,
+    Stage,
+    question,
+    settings_for,
+    settle,
+    until,
+)
 from toppy.control import supervisor as supervisor_module
 from toppy.control.admission import Admission
-from toppy.control.listeners import Listeners
-from toppy.control.statistics import Statistics
-from toppy.control.supervisor import Supervisor, Worker
+from toppy.control.supervisor import start_worker
 from toppy.errors import ResourceLimitError
-from toppy.ipc.control_channel import ControlServer, Peer
 from toppy.model.counters import WorkerCounters
-from toppy.model.grant import Denial, Grant
-from toppy.protocol.backoff import Backoff
+from toppy.model.grant import Denial
 from toppy.protocol.worker_lifecycle import WorkerState
+from toppy.system.processes import Process
 from toppy.wire.ipc_message import (
     SETTINGS_LENGTH,
-    AdmissionRequest,
     Admitted,
     FromWorker,
     Hello,
     IpcError,
+    Owners,
     Ready,
     Report,
+    SetLogLevel,
     Stop,
     TokenAnswer,
     TokenRequest,
-    ToWorker,
-    WorkerSettings,
     parse_settings,
 )
-
-DEADLINE_S = 10.0
-GRANT = Grant(("192.0.2.53",), 53, "token", "dns", 1)
-
-
-class FakeStdin:
-    def __init__(self) -> None:
-        self.written = b""
-        self.is_closed = False
-
-    def write(self, data: bytes) -> None:
-        self.written += data
-
-    def close(self) -> None:
-        self.is_closed = True
-
-
-class FakeProcess:
-    """Lives until it is killed, told to end, or ended by the test."""
-
-    pids = itertools.count(1000)
-    ignores_sigterm = False
-
-    def __init__(self, arguments: tuple[object, ...], options: dict[str, Any]) -> None:
-        self.arguments = arguments
-        self.options = options
-        self.pid = next(self.pids)
-        self.stdin = FakeStdin()
-        self.returncode: int | None = None
-        self.signals: list[int] = []
-        self._ended = asyncio.Event()
-
-    async def wait(self) -> int:
-        await self._ended.wait()
-        assert self.returncode is not None
-        return self.returncode
-
-    def end(self, code: int) -> None:
-        self.returncode = code
-        self._ended.set()
-
-    def send_signal(self, number: int) -> None:
-        if self.returncode is not None:
-            raise ProcessLookupError
-        self.signals.append(number)
-        if not self.ignores_sigterm:
-            self.end(-number)
-
-    def kill(self) -> None:
-        if self.returncode is not None:
-            raise ProcessLookupError
-        self.signals.append(signal.SIGKILL)
-        self.end(-signal.SIGKILL)
-
-
-class FakeServer:
-    """The control channel; ``hear`` and ``report`` are what workers say on it."""
-
-    def __init__(self) -> None:
-        self.sent: list[tuple[Peer, ToWorker]] = []
-        self.is_served = False
-        self.hear: Callable[[Peer, FromWorker], None]
-        self.report: Callable[[Report], None]
-        self.hear_garbage: Callable[[IpcError], None]
-
-    async def serve(
-        self,
-        on_message: Callable[[Peer, FromWorker], None],
-        on_report: Callable[[Report], None],
-        on_garbage: Callable[[IpcError], None],
-    ) -> None:
-        self.hear, self.report, self.hear_garbage = on_message, on_report, on_garbage
-        self.is_served = True
-        await asyncio.Event().wait()
-
-    def send(self, peer: Peer, message: ToWorker) -> bool:
-        self.sent.append((peer, message))
-        return True
-
-
-class FakeListeners:
-    def __init__(self) -> None:
-        self.active: list[int] = []
-
-    def steer(self, active_slots: list[int]) -> None:
-        self.active = active_slots
-
-
-class FakeAdmission:
-    """Answers with ``decision``, once the test lets it."""
-
-    def __init__(self) -> None:
-        self.decision: Grant | Denial = GRANT
-        self.may_answer = asyncio.Event()
-        self.may_answer.set()
-        self.asked: list[AdmissionRequest] = []
-
-    def is_valid(self, authorization: str | None) -> bool:
-        return authorization == "right"
-
-    async def decide(self, request: AdmissionRequest) -> Grant | Denial:
-        self.asked.append(request)
-        await self.may_answer.wait()
-        return self.decision
-
-
-class Stage:
-    """A supervisor, its surroundings, and workers that can be made to speak."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, worker_count: int) -> None:
-        self._worker_count = worker_count
-        self.processes: list[FakeProcess] = []
-        self.server = FakeServer()
-        self.listeners = FakeListeners()
-        self.admission = FakeAdmission()
-        self.statistics = Statistics()
-        self.is_serving = asyncio.Event()
-        self.spawn_failures: list[OSError] = []
-
-        async def spawn(*arguments: object, **options: Any) -> FakeProcess:
-            if self.spawn_failures:
-                raise self.spawn_failures.pop(0)
-            self.processes.append(FakeProcess(arguments, options))
-            return self.processes[-1]
-
-        monkeypatch.setattr(asyncio, "create_subprocess_exec", spawn)
-        monkeypatch.setattr(
-            supervisor_module, "Backoff", lambda *_, **__: Backoff(lambda: 0.0, first_s=0.0)
-        )
-        self.supervisor = Supervisor(
-            cast(ControlServer, self.server),
-            cast(Listeners, self.listeners),
-            cast(Admission, self.admission),
-            self.statistics,
-            settings_for,
-            worker_count=worker_count,
-        )
-
-    @property
-    def has_begun(self) -> bool:
-        """The channel is served and every worker is started."""
-        return self.server.is_served and len(self.processes) == self._worker_count
-
-    def worker(self, slot: int = 0) -> Worker:
-        return self.supervisor.workers[slot]
-
-    def process(self, slot: int = 0) -> FakeProcess:
-        return cast(FakeProcess, self.worker(slot).process)
-
-    def peer(self, slot: int = 0) -> Peer:
-        return b"peer-%d-%d" % (slot, self.process(slot).pid)
-
-    def say(self, message: FromWorker, slot: int = 0) -> None:
-        self.server.hear(self.peer(slot), message)
-
-    def greet(self, slot: int = 0, secret: str | None = None) -> None:
-        worker = self.worker(slot)
-        said = worker.secret if secret is None else secret
-        self.say(Hello(slot, worker.generation, worker.process.pid, said), slot)
-
-    def bring_up(self, slot: int = 0) -> None:
-        self.greet(slot)
-        self.say(Ready("native"), slot)
-
-    def answers(self) -> list[ToWorker]:
-        return [message for _, message in self.server.sent]
-
-
-def settings_for(slot: int, generation: int, secret: str) -> WorkerSettings:
-    return WorkerSettings(
-        slot=slot,
-        generation=generation,
-        secret=secret,
-        control_address="ipc://control",
-        report_address="ipc://reports",
-        sockets=(30 + slot,),
-        names=("localhost",),
-        proxy_name="toppy-gw",
-        engine="native",
-        certificate_chain_pem=b"chain",
-        private_key_pem=b"the private key",
-        reset_key=b"r",
-        token_key=b"t",
-        quic={},
-        limits={},
-        log_level="info",
-        log_format="json",
-    )
-
-
-def question(number: int = 1) -> AdmissionRequest:
-    return AdmissionRequest(number, "right", "a.example", 53, "udp", False, "")
-
-
-async def until(condition: Callable[[], object]) -> None:
-    """Let the other tasks run until ``condition`` holds."""
-    for _ in range(1000):
-        if condition():
-            return
-        await asyncio.sleep(0)
-    raise AssertionError("not reached")
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Run a scenario on a stage whose supervisor runs; with ``up``, its workers serve already."""
-
-    def run_scenario(
-        scenario: Callable[[Stage], Coroutine[Any, Any, None]], *, workers: int = 1, up: bool = True
-    ) -> None:
-        async def whole() -> None:
-            stage = Stage(monkeypatch, workers)
-            running = asyncio.create_task(stage.supervisor.run(stage.is_serving.set))
-            try:
-                async with asyncio.timeout(DEADLINE_S):
-                    await until(lambda: stage.has_begun)
-                    if up:
-                        for slot in range(workers):
-                            stage.bring_up(slot)
-                        await stage.is_serving.wait()
-                    await scenario(stage)
-                    assert not up or not running.done(), "the supervisor gave up"
-            finally:
-                running.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await running
-
-        asyncio.run(whole())
-
-    return run_scenario
-
 
 # the start
 
 
-def test_it_serves_once_every_worker_is_ready(run: Callable[..., None]) -> None:
+def test_a_generation_serves_once_every_worker_is_ready(run: Run) -> None:
     async def scenario(stage: Stage) -> None:
-        assert stage.listeners.active == [0, 1]
+        generation = stage.start(0, 1)
+        serving = asyncio.create_task(stage.supervisor.wait_until_serving(generation))
         stage.bring_up(0)
         stage.greet(1)
-        await asyncio.sleep(0)
-        assert not stage.is_serving.is_set()
+        await settle()
+        assert not serving.done()
         stage.say(Ready("native"), 1)
-        await stage.is_serving.wait()
-        assert [w.state for w in stage.supervisor.workers.values()] == [WorkerState.SERVING] * 2
+        await serving
+        assert stage.serving() == [0, 1]
 
-    run(scenario, workers=2, up=False)
+    run(scenario, serve=())
 
 
-def test_settings_go_through_the_pipe_and_nowhere_else(
-    run: Callable[..., None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("TOPPY_GW_TOKEN", "the token")
-    monkeypatch.setenv("PATH", "/usr/bin")
-
+def test_a_generation_gets_no_connection_before_it_is_activated(run: Run) -> None:
     async def scenario(stage: Stage) -> None:
-        process = stage.process()
-        settings = parse_settings(process.stdin.written[SETTINGS_LENGTH.size :])
-        assert settings == settings_for(0, 1, stage.worker().secret)
-        assert not process.stdin.is_closed
-        assert process.options["pass_fds"] == (30,)
-        assert process.options["env"]["PATH"] == "/usr/bin"
-        assert "the token" not in str((process.arguments, process.options))
-        assert stage.worker().secret not in str((process.arguments, process.options))
+        generation = stage.start(2, 3)
+        stage.bring_up(2, 3)
+        assert stage.listeners.active == [0, 1]
+        stage.supervisor.activate(generation)
+        assert stage.listeners.active == [2, 3]
+        assert stage.listeners.live == [0, 1, 2, 3]
+
+    run(scenario, serve=(0, 1))
+
+
+def test_every_worker_is_told_who_serves_what(run: Run) -> None:
+    async def scenario(stage: Stage) -> None:
+        stage.serve(2)
+        told = dict(stage.sent(Owners))
+        assert told == {
+            stage.peer(slot): Owners(active=(2,), generations={0: 1, 1: 1, 2: 2})
+            for slot in range(3)
+        }
+
+    run(scenario, serve=(0, 1))
+
+
+def test_where_the_kernel_refuses_to_steer_the_active_generation_stays(run: Run) -> None:
+    async def scenario(stage: Stage) -> None:
+        before = stage.supervisor.active
+        generation = stage.start(1)
+        stage.bring_up(1)
+        stage.listeners.refusals.append(OSError("no"))
+        with pytest.raises(OSError, match="no"):
+            stage.supervisor.activate(generation)
+        assert stage.supervisor.active is before
+        assert stage.listeners.active == [0]
 
     run(scenario)
 
 
-def test_a_worker_that_ends_before_it_is_ready_ends_the_start(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    async def scenario() -> None:
-        stage = Stage(monkeypatch, 2)
-        running = asyncio.create_task(stage.supervisor.run(stage.is_serving.set))
-        await until(lambda: stage.has_begun)
-        stage.bring_up(0)
-        stage.process(1).end(1)
-        with pytest.raises(BaseExceptionGroup) as caught:
-            await running
-        assert caught.group_contains(ResourceLimitError, match="one ended")
+def test_settings_go_through_the_pipe_and_nowhere_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOPPY_GW_TOKEN", "the token")
+    monkeypatch.setenv("PATH", "/usr/bin")
+    spawned: list[tuple[Sequence[str], bytes, Sequence[int], Mapping[str, str]]] = []
 
-    asyncio.run(scenario())
+    def spawn(
+        arguments: Sequence[str],
+        said: bytes,
+        *,
+        descriptors: Sequence[int],
+        environ: Mapping[str, str],
+    ) -> Process:
+        spawned.append((arguments, said, descriptors, environ))
+        return cast(Process, None)
+
+    monkeypatch.setattr(supervisor_module, "spawn", spawn)
+    settings = settings_for(0, 1, 0, "the secret of a worker")
+    start_worker(settings)
+    ((arguments, said, descriptors, environ),) = spawned
+    assert parse_settings(said[SETTINGS_LENGTH.size :]) == settings
+    assert descriptors == [30, 31, 40, 41]
+    assert environ["PATH"] == "/usr/bin"
+    visible = str((arguments, environ))
+    for secret in ("the token", "the secret of a worker", "the private key"):
+        assert secret not in visible
 
 
-def test_workers_that_are_never_ready_end_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(supervisor_module, "START_DEADLINE_S", 0.01)
+def test_each_worker_has_a_secret_of_its_own(run: Run) -> None:
+    async def scenario(stage: Stage) -> None:
+        told = {process.settings.secret for process in stage.processes if process.settings}
+        assert told == {stage.worker(slot).secret for slot in range(3)}
+        assert len(told) == 3
+        assert all(len(secret) == 64 for secret in told)
 
-    async def scenario() -> None:
-        stage = Stage(monkeypatch, 1)
-        with pytest.raises(BaseExceptionGroup) as caught:
-            await stage.supervisor.run(stage.is_serving.set)
-        assert caught.group_contains(ResourceLimitError, match="too long")
+    run(scenario, serve=(0, 1, 2))
 
-    asyncio.run(scenario())
+
+def test_a_worker_that_ends_before_it_is_ready_fails_its_generation(run: Run) -> None:
+    async def scenario(stage: Stage) -> None:
+        generation = stage.start(1, 2)
+        stage.bring_up(1)
+        stage.process(2).end(1)
+        with pytest.raises(ResourceLimitError, match="ended before it served"):
+            await stage.supervisor.wait_until_serving(generation)
+        assert stage.listeners.active == [0]
+
+    run(scenario)
+
+
+def test_a_worker_that_ends_while_the_others_get_ready_fails_its_generation(run: Run) -> None:
+    async def scenario(stage: Stage) -> None:
+        generation = stage.start(1, 2)
+        serving = asyncio.create_task(stage.supervisor.wait_until_serving(generation))
+        await settle()
+        stage.bring_up(1)
+        stage.process(1).end(-11)
+        await settle()
+        stage.bring_up(2)
+        with pytest.raises(ResourceLimitError):
+            await serving
+
+    run(scenario)
+
+
+def test_workers_that_are_never_ready_fail_their_generation_and_are_ended(run: Run) -> None:
+    async def scenario(stage: Stage) -> None:
+        generation = stage.start(1)
+        stage.greet(1)
+        process = stage.process(1)
+        with pytest.raises(ResourceLimitError, match=r"did not come up|ended before"):
+            await stage.supervisor.wait_until_serving(generation)
+        await until(lambda: process.signals == [signal.SIGKILL])
+
+    run(scenario)
+
+
+def test_a_generation_that_never_served_leaves_no_worker(run: Run) -> None:
+    async def scenario(stage: Stage) -> None:
+        generation = stage.start(1, 2)
+        stage.bring_up(1)
+        await stage.supervisor.end_generation(generation)
+        assert stage.supervisor.free_slots() == [1, 2, 3]
+        assert list(stage.supervisor.generations) == [1]
+        assert stage.supervisor.deaths == 0
+        assert len(stage.processes) == 3
+
+    run(scenario, slots=4)
 
 
 # who may speak
 
 
-@pytest.mark.parametrize("secret", ["", "wrong", "f\u00e4lschung", "\ud800"])
-def test_a_process_without_the_secret_is_nobody(run: Callable[..., None], secret: str) -> None:
+@pytest.mark.parametrize("secret", ["", "wrong", "fälschung", "\ud800"])
+def test_a_process_without_the_secret_is_nobody(run: Run, secret: str) -> None:
     async def scenario(stage: Stage) -> None:
         stage.server.hear(b"stranger", Hello(0, 1, 1, secret))
         stage.server.hear(b"stranger", question())
@@ -346,20 +201,20 @@ def test_a_process_without_the_secret_is_nobody(run: Callable[..., None], secret
         stage.server.report(Report(0, 1, secret, WorkerCounters(pings=99)))
         stage.server.report(Report(99, 1, secret, WorkerCounters(pings=99)))
         stage.server.hear_garbage(IpcError("garbage"))
-        await asyncio.sleep(0)
-        assert stage.server.sent == []
+        await settle()
+        assert stage.answers() == []
         assert stage.statistics.total().pings == 0
         assert stage.worker().state is WorkerState.SERVING
 
     run(scenario)
 
 
-def test_a_hello_for_a_slot_that_does_not_exist_is_ignored(run: Callable[..., None]) -> None:
+def test_a_hello_for_a_slot_that_does_not_exist_is_ignored(run: Run) -> None:
     async def scenario(stage: Stage) -> None:
         stage.server.hear(b"stranger", Hello(99, 1, 1, stage.worker().secret))
         stage.server.hear(b"stranger", question())
-        await asyncio.sleep(0)
-        assert stage.server.sent == []
+        await settle()
+        assert stage.answers() == []
 
     run(scenario)
 
@@ -367,23 +222,31 @@ def test_a_hello_for_a_slot_that_does_not_exist_is_ignored(run: Callable[..., No
 @pytest.mark.parametrize(
     "message", [Ready("native"), Hello(0, 1, 1, ""), question(), TokenRequest(1, "right")]
 )
-def test_a_worker_that_speaks_out_of_turn_is_ended(
-    run: Callable[..., None], message: FromWorker
-) -> None:
+def test_a_worker_that_speaks_out_of_turn_is_ended(run: Run, message: FromWorker) -> None:
     async def scenario(stage: Stage) -> None:
-        process = stage.process()
         if isinstance(message, Hello):
+            process = stage.process()
             stage.greet()  # for the second time
         elif isinstance(message, Ready):
+            process = stage.process()
             stage.say(message)  # likewise
         else:
-            process.end(-9)
-            await until(lambda: len(stage.processes) == 2)
-            process = stage.process()
-            stage.greet()
-            stage.say(message)  # before it is ready
+            stage.start(1)
+            process = stage.process(1)
+            stage.greet(1)
+            stage.say(message, 1)  # before it is ready
         assert process.signals == [signal.SIGKILL]
-        assert stage.server.sent == []
+        assert stage.answers() == []
+
+    run(scenario)
+
+
+def test_a_worker_that_speaks_another_protocol_is_ended(run: Run) -> None:
+    async def scenario(stage: Stage) -> None:
+        stage.start(1)
+        worker = stage.worker(1)
+        stage.say(Hello(1, 2, worker.process.pid, worker.secret, protocol=99), 1)
+        assert stage.process(1).signals == [signal.SIGKILL]
 
     run(scenario)
 
@@ -391,20 +254,20 @@ def test_a_worker_that_speaks_out_of_turn_is_ended(
 # questions
 
 
-def test_an_admission_is_answered_to_the_worker_that_asked(run: Callable[..., None]) -> None:
+def test_an_admission_is_answered_to_the_worker_that_asked(run: Run) -> None:
     async def scenario(stage: Stage) -> None:
         stage.say(question(5), slot=1)
-        await until(lambda: stage.server.sent)
-        assert stage.server.sent == [(stage.peer(1), Admitted(5, GRANT, None))]
+        await until(lambda: stage.sent(Admitted))
+        assert stage.sent(Admitted) == [(stage.peer(1), Admitted(5, GRANT, None))]
         stage.admission.decision = denial = Denial(403, "http_request_denied", "no", "default")
         stage.say(question(6), slot=0)
-        await until(lambda: len(stage.server.sent) == 2)
-        assert stage.server.sent[1] == (stage.peer(0), Admitted(6, None, denial))
+        await until(lambda: len(stage.sent(Admitted)) == 2)
+        assert stage.sent(Admitted)[1] == (stage.peer(0), Admitted(6, None, denial))
 
-    run(scenario, workers=2)
+    run(scenario, serve=(0, 1))
 
 
-def test_a_slow_decision_holds_nobody_up(run: Callable[..., None]) -> None:
+def test_a_slow_decision_holds_nobody_up(run: Run) -> None:
     async def scenario(stage: Stage) -> None:
         stage.admission.may_answer.clear()
         stage.say(question(1))
@@ -412,14 +275,28 @@ def test_a_slow_decision_holds_nobody_up(run: Callable[..., None]) -> None:
         stage.say(TokenRequest(2, "right"))
         assert stage.answers() == [TokenAnswer(2, True)]
         stage.admission.may_answer.set()
-        await until(lambda: len(stage.server.sent) == 2)
+        await until(lambda: len(stage.answers()) == 2)
 
     run(scenario)
 
 
-def test_too_many_decisions_at_once_are_429(
-    run: Callable[..., None], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_policy_that_changes_during_a_decision_is_the_one_that_decides(run: Run) -> None:
+    async def scenario(stage: Stage) -> None:
+        stage.admission.may_answer.clear()
+        stage.say(question(1))
+        await until(lambda: stage.admission.asked)
+        denial = Denial(403, "http_request_denied", "not any more", "default")
+        changed = FakeAdmission(denial)
+        stage.supervisor.admission = cast(Admission, changed)
+        stage.admission.may_answer.set()
+        await until(stage.answers)
+        assert changed.asked == [question(1)]
+        assert stage.answers() == [Admitted(1, None, denial)]
+
+    run(scenario)
+
+
+def test_too_many_decisions_at_once_are_429(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(supervisor_module, "_MAX_DECISIONS", 3)
 
     async def scenario(stage: Stage) -> None:
@@ -429,16 +306,16 @@ def test_too_many_decisions_at_once_are_429(
         refused = [a for a in stage.answers() if isinstance(a, Admitted) and a.denial is not None]
         assert [(a.request, a.denial.status) for a in refused if a.denial] == [(3, 429), (4, 429)]
         stage.admission.may_answer.set()
-        await until(lambda: len(stage.server.sent) == 5)
+        await until(lambda: len(stage.answers()) == 5)
         stage.say(question(6))
-        await until(lambda: len(stage.server.sent) == 6)
+        await until(lambda: len(stage.answers()) == 6)
         assert stage.answers()[-1] == Admitted(6, GRANT, None)
 
     run(scenario)
 
 
 @pytest.mark.parametrize(("credential", "is_valid"), [("right", True), ("wrong", False)])
-def test_a_token_is_answered(run: Callable[..., None], credential: str, is_valid: bool) -> None:
+def test_a_token_is_answered(run: Run, credential: str, is_valid: bool) -> None:
     async def scenario(stage: Stage) -> None:
         stage.say(TokenRequest(9, credential))
         assert stage.answers() == [TokenAnswer(9, is_valid)]
@@ -446,105 +323,293 @@ def test_a_token_is_answered(run: Callable[..., None], credential: str, is_valid
     run(scenario)
 
 
-# death
-
-
-def test_a_dead_worker_is_replaced_and_its_counters_are_kept(run: Callable[..., None]) -> None:
+def test_a_draining_workers_questions_are_answered(run: Run) -> None:
     async def scenario(stage: Stage) -> None:
-        first, secret = stage.process(), stage.worker().secret
-        stage.server.report(Report(0, 1, secret, WorkerCounters(pings=3, tunnels_open=2)))
-        first.end(-11)
-        await until(lambda: len(stage.processes) == 2)
-        assert stage.supervisor.deaths == 1
-        assert first.stdin.is_closed
-        assert stage.worker().secret != secret
-        assert stage.statistics.total() == WorkerCounters(pings=3)
-        stage.bring_up()
-        assert stage.worker().state is WorkerState.SERVING
+        stage.supervisor.drain_worker(stage.worker(), 10.0)
+        stage.say(question(4))
+        await until(lambda: stage.sent(Admitted))
+        assert stage.sent(Admitted) == [(stage.peer(), Admitted(4, GRANT, None))]
 
     run(scenario)
 
 
-def test_a_dead_workers_last_words_change_nothing(run: Callable[..., None]) -> None:
+def test_a_log_level_is_said_to_every_worker(run: Run) -> None:
+    async def scenario(stage: Stage) -> None:
+        stage.supervisor.set_log_level("debug")
+        assert stage.sent(SetLogLevel) == [
+            (stage.peer(slot), SetLogLevel("debug")) for slot in range(2)
+        ]
+
+    run(scenario, serve=(0, 1))
+
+
+# the end of a worker
+
+
+def test_a_dead_worker_is_replaced_and_its_counters_are_kept(run: Run) -> None:
+    async def scenario(stage: Stage) -> None:
+        first, secret = stage.process(), stage.worker().secret
+        stage.report(WorkerCounters(pings=3, tunnels_open=2))
+        first.end(-11)
+        await settle()
+        await stage.pass_time(1.0)
+        assert len(stage.processes) == 2
+        assert stage.supervisor.deaths == 1
+        assert stage.worker().secret != secret
+        assert stage.statistics.total() == WorkerCounters(pings=3)
+        stage.bring_up()
+        assert stage.serving() == [0]
+
+    run(scenario)
+
+
+def test_a_worker_that_lived_long_is_replaced_at_once(run: Run) -> None:
+    async def scenario(stage: Stage) -> None:
+        await stage.pass_time(60.0)
+        stage.process().end(-9)
+        await until(lambda: len(stage.processes) == 2)
+
+    run(scenario)
+
+
+def test_a_replacement_is_of_the_same_slot_place_and_generation(run: Run) -> None:
+    async def scenario(stage: Stage) -> None:
+        stage.process(3).end(-9)
+        await stage.pass_time(1.0)
+        settings = stage.process(3).settings
+        assert settings is not None
+        assert (settings.slot, settings.generation, settings.read) == (3, 1, (1,))
+
+    run(scenario, serve=(2, 3))
+
+
+def test_the_sockets_of_a_worker_that_was_killed_are_removed(run: Run) -> None:
+    async def scenario(stage: Stage) -> None:
+        left = [stage.directory / name for name in ("worker-0.sock", "stray-0.sock")]
+        others = stage.directory / "worker-1.sock"
+        for path in (*left, others):
+            path.touch()
+        stage.process(0).end(-9)
+        await until(lambda: 0 not in stage.supervisor.workers)
+        assert not any(path.exists() for path in left)
+        assert others.exists()
+
+    run(scenario, serve=(0, 1))
+
+
+def test_while_a_worker_is_missing_the_others_get_its_connections(run: Run) -> None:
+    async def scenario(stage: Stage) -> None:
+        stage.process(0).end(-9)
+        await stage.pass_time(1.0)
+        stage.bring_up(0)
+        assert stage.listeners.active == [0, 1]
+        assert stage.listeners.live == [0, 1]
+
+    run(scenario, serve=(0, 1))
+
+
+def test_a_dead_workers_last_words_change_nothing(run: Run) -> None:
     async def scenario(stage: Stage) -> None:
         secret, peer = stage.worker().secret, stage.peer()
         stage.process().end(-11)
-        await until(lambda: len(stage.processes) == 2)
+        await stage.pass_time(1.0)
         stage.server.report(Report(0, 1, secret, WorkerCounters(pings=3)))
         stage.server.hear(peer, question())
         stage.server.hear(peer, Hello(0, 1, 1, secret))
-        await asyncio.sleep(0)
+        await settle()
         assert stage.statistics.total().pings == 0
-        assert stage.server.sent == []
+        assert stage.answers() == []
         assert stage.worker().state is WorkerState.SPAWNED
 
     run(scenario)
 
 
-def test_a_replacement_that_never_serves_is_ended_and_replaced(
-    run: Callable[..., None], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_replacement_that_never_serves_is_ended_and_replaced(run: Run) -> None:
     async def scenario(stage: Stage) -> None:
-        monkeypatch.setattr(supervisor_module, "START_DEADLINE_S", 0.0)
         stage.process().end(-9)
-        await until(lambda: len(stage.processes) >= 3)
-        assert stage.supervisor.deaths >= 2
+        await stage.pass_time(40.0)
+        assert len(stage.processes) == 4
+        assert [process.signals for process in stage.processes[1:3]] == [[signal.SIGKILL]] * 2
+        assert stage.supervisor.deaths == 3
 
     run(scenario)
 
 
-def test_a_worker_that_keeps_dying_is_replaced_each_time(run: Callable[..., None]) -> None:
-    async def scenario(stage: Stage) -> None:
-        for number in range(1, 6):
-            stage.process().end(1)
-            await until(lambda: len(stage.processes) == number + 1)  # noqa: B023
-        assert stage.supervisor.deaths == 5
-
-    run(scenario)
-
-
-def test_a_replacement_that_cannot_be_started_is_tried_again(run: Callable[..., None]) -> None:
+def test_a_replacement_that_cannot_be_started_is_tried_again(run: Run) -> None:
     async def scenario(stage: Stage) -> None:
         stage.spawn_failures = [OSError("no memory"), OSError("still none")]
         stage.process().end(-9)
-        await until(lambda: len(stage.processes) == 2)
+        await stage.pass_time(2.0)
         assert not stage.spawn_failures
+        assert len(stage.processes) == 2
 
     run(scenario)
 
 
-# the end
+def test_a_worker_that_says_nothing_is_ended_and_replaced(run: Run) -> None:
+    async def scenario(stage: Stage) -> None:
+        hanging = stage.process(0)
+        for _ in range(40):
+            stage.report(WorkerCounters(), 1)
+            await asyncio.sleep(0.5)
+        assert hanging.signals == [signal.SIGKILL]
+        assert stage.process(1).signals == []
+        assert stage.process(0) is not hanging
+
+    run(scenario, serve=(0, 1))
 
 
-def test_stopping_tells_every_worker_and_waits_for_it(run: Callable[..., None]) -> None:
+def test_workers_are_not_blamed_for_a_control_plane_that_slept(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(stage: Stage) -> None:
+        await stage.pass_time(5.0)
+        clock = asyncio.get_running_loop().time
+        monkeypatch.setattr(time, "monotonic", lambda: clock() + 60.0)
+        await asyncio.sleep(2.5)
+        assert stage.process().signals == []
+
+    run(scenario)
+
+
+# crash loops
+
+
+def test_a_worker_that_keeps_dying_is_replaced_ever_more_slowly(run: Run) -> None:
+    async def scenario(stage: Stage) -> None:
+        loop = asyncio.get_running_loop()
+        pauses = []
+        for number in range(1, 11):
+            stage.process().end(1)
+            died = loop.time()
+            while len(stage.processes) == number:
+                await stage.pass_time(0.01)
+            pauses.append(loop.time() - died)
+        assert pauses[0] < 0.1
+        assert all(5.0 <= pause <= 10.1 for pause in pauses[8:])
+        assert stage.supervisor.deaths == 10
+
+    run(scenario)
+
+
+async def crash_until_it_is_failing(stage: Stage, slot: int) -> None:
+    """Let the worker of a slot die until a second or more passes before it is replaced."""
+    for _ in range(7):
+        stage.process(slot).end(1)
+        await until(lambda: slot not in stage.supervisor.workers)
+        for _ in range(1000):
+            if slot in stage.supervisor.workers:
+                break
+            await stage.pass_time(0.01)
+    stage.process(slot).end(1)
+    await until(lambda: slot not in stage.supervisor.workers)
+    await settle()
+
+
+def test_a_slot_that_keeps_failing_gets_no_new_connections_meanwhile(run: Run) -> None:
+    async def scenario(stage: Stage) -> None:
+        await crash_until_it_is_failing(stage, 0)
+        assert stage.listeners.active == [1]
+        await stage.pass_time(11.0)
+        assert stage.listeners.active == [1], "it has been started, and does not serve yet"
+        stage.bring_up(0)
+        assert stage.listeners.active == [0, 1]
+
+    run(scenario, serve=(0, 1))
+
+
+def test_the_others_serve_on_while_one_keeps_failing(run: Run) -> None:
+    async def scenario(stage: Stage) -> None:
+        survivor = stage.process(1)
+        await crash_until_it_is_failing(stage, 0)
+        assert survivor.signals == []
+        stage.say(question(), slot=1)
+        await until(lambda: stage.sent(Admitted))
+
+    run(scenario, serve=(0, 1))
+
+
+def test_when_every_slot_fails_packets_wait_for_the_next_workers(run: Run) -> None:
+    async def scenario(stage: Stage) -> None:
+        await crash_until_it_is_failing(stage, 0)
+        assert stage.listeners.active == [0]
+
+    run(scenario)
+
+
+def test_a_worker_that_is_to_follow_keeps_its_slot(run: Run) -> None:
+    async def scenario(stage: Stage) -> None:
+        await crash_until_it_is_failing(stage, 0)
+        assert stage.supervisor.free_slots() == [1, 2, 3]
+        await stage.pass_time(11.0)
+        assert stage.worker(0).generation.number == 1
+
+    run(scenario, slots=4)
+
+
+def test_a_slot_that_failed_is_free_once_another_generation_serves(run: Run) -> None:
+    async def scenario(stage: Stage) -> None:
+        await crash_until_it_is_failing(stage, 0)
+        before = len(stage.processes)
+        stage.serve(1)
+        await stage.pass_time(11.0)
+        assert len(stage.processes) == before + 1
+        assert list(stage.supervisor.generations) == [2]
+        assert stage.supervisor.free_slots() == [0, 2, 3]
+
+    run(scenario, slots=4)
+
+
+# the end of it all
+
+
+def test_stopping_tells_every_worker_and_waits_for_it(run: Run) -> None:
     async def scenario(stage: Stage) -> None:
         await stage.supervisor.stop(4.0)
         assert stage.answers() == [Stop(4.0)] * 2
         assert [process.signals for process in stage.processes] == [[signal.SIGTERM]] * 2
-        for _ in range(10):
-            await asyncio.sleep(0)
+        await settle()
         assert len(stage.processes) == 2, "a worker that was told to stop was replaced"
         assert stage.supervisor.deaths == 0
 
-    run(scenario, workers=2)
+    run(scenario, serve=(0, 1))
 
 
-def test_a_worker_that_does_not_stop_is_killed(
-    run: Callable[..., None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(FakeProcess, "ignores_sigterm", True)
-
+def test_stopping_ends_what_drains_too(run: Run) -> None:
     async def scenario(stage: Stage) -> None:
-        await stage.supervisor.stop(0.01)
-        assert stage.process().signals == [signal.SIGTERM, signal.SIGKILL]
+        first = stage.supervisor.generations[1]
+        stage.serve(1)
+        stage.supervisor.drain_generation(first, 0.0)
+        await stage.supervisor.stop(4.0)
+        assert [process.signals for process in stage.processes] == [[signal.SIGTERM]] * 2
 
     run(scenario)
 
 
-def test_stopping_beside_a_worker_that_has_just_died_works(run: Callable[..., None]) -> None:
+def test_a_worker_that_does_not_stop_is_killed(run: Run) -> None:
+    async def scenario(stage: Stage) -> None:
+        stage.process().ignores_sigterm = True
+        await stage.supervisor.stop(4.0)
+        assert stage.processes[0].signals == [signal.SIGTERM, signal.SIGKILL]
+
+    run(scenario)
+
+
+def test_stopping_beside_a_worker_that_has_just_died_works(run: Run) -> None:
     async def scenario(stage: Stage) -> None:
         stage.process(0).end(-9)
+        survivor = stage.process(1)
         await stage.supervisor.stop(1.0)
-        assert stage.process(1).signals == [signal.SIGTERM]
+        assert survivor.signals == [signal.SIGTERM]
 
-    run(scenario, workers=2)
+    run(scenario, serve=(0, 1))
+
+
+def test_letting_go_leaves_every_worker_running(run: Run) -> None:
+    async def scenario(stage: Stage) -> None:
+        stage.supervisor.let_go()
+        assert all(process.is_forgotten for process in stage.processes)
+        assert all(process.signals == [] for process in stage.processes)
+        assert stage.answers() == []
+
+    run(scenario, serve=(0, 1))

@@ -19,11 +19,9 @@ from toppy.model.target import Target
 from toppy.net.resolver import Resolver
 from toppy.policy.address_guard import embedded_address
 from toppy.policy.ruleset import Ruleset
-from toppy.wire.ipc_message import AdmissionRequest
+from toppy.wire.ipc_message import AdmissionRequest, LiveTunnel
 
 ECHO_RULE = "built-in echo"
-_DISCARD_PORT = 9
-"""Connecting a UDP socket sends nothing; the port does not matter."""
 _DISCARD_PORT = 9
 """Connecting a UDP socket sends nothing; the port does not matter."""
 _BROADCAST = ipaddress.IPv4Address("255.255.255.255")
@@ -90,6 +88,31 @@ class Admission:
             revision=self._ruleset.revision,
             expires_at=who.expires_at,
         )
+
+    def recheck(self, tunnel: LiveTunnel) -> Denial | None:
+        """Why a live tunnel would not be granted any more; None: it would. Nothing is resolved
+        anew: a tunnel stays with the address that it has.
+        """
+        try:
+            who = self._authenticator.authenticate(tunnel.authorization, self._clock())
+        except AuthenticationError as error:
+            return Denial(401, "http_request_denied", str(error))
+        if not tunnel.address:
+            return None
+        target = Target(tunnel.host, tunnel.port, cast(Literal["udp", "tcp"], tunnel.protocol))
+        try:
+            own = frozenset(_own_forms(tunnel.address))
+        except TargetError as error:
+            return Denial(error.status, error.proxy_status, str(error))
+        decision = self._ruleset.decide(who.identity, target, (tunnel.address,), own_addresses=own)
+        if decision.is_allowed:
+            return None
+        return Denial(403, "http_request_denied", decision.reason, decision.rule)
+
+    @property
+    def revision(self) -> int:
+        """Of the policy."""
+        return self._ruleset.revision
 
     async def _addresses(self, host: str) -> tuple[str, ...]:
         try:

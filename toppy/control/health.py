@@ -1,4 +1,4 @@
-"""What the control plane answers over HTTP: health and metrics, and status to operators."""
+"""What the control plane answers over HTTP: health and metrics."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import socket
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import uvicorn
 from starlette.applications import Starlette
@@ -40,15 +39,6 @@ def health_app(is_healthy: Callable[[], bool], metrics: Callable[[], bytes]) -> 
     return Starlette(routes=[Route("/healthz", healthz), Route("/metrics", render)])
 
 
-def admin_app(status: Callable[[], dict[str, Any]]) -> Starlette:
-    """What ``toppy-gw status`` asks through the unix socket of the runtime directory."""
-
-    async def show(_: Request) -> Response:
-        return JSONResponse(status(), headers=_NO_STORE)
-
-    return Starlette(routes=[Route("/status", show)])
-
-
 class _BriefProtocol(H11Protocol):
     """Ends every connection after a while, so that those who never ask cannot take all places."""
 
@@ -65,15 +55,15 @@ class _Server(uvicorn.Server):
         yield
 
 
-async def serve_http(app: Starlette, sock: socket.socket) -> None:
-    """Serve ``app`` on a bound socket until cancelled."""
+async def serve_http(app: Starlette, sock: socket.socket, *, is_public: bool = True) -> None:
+    """Serve ``app`` on a bound socket until cancelled; ``is_public``: to whoever comes."""
     config = uvicorn.Config(
         app,
         log_config=None,
         access_log=False,
         lifespan="off",
         server_header=False,
-        http=_BriefProtocol,
+        http=_BriefProtocol if is_public else H11Protocol,
         limit_concurrency=_MAX_CONNECTIONS,
         timeout_keep_alive=5,
         h11_max_incomplete_event_size=8192,

@@ -7,14 +7,22 @@ import errno
 import ipaddress
 import json
 import os
+import pwd
 import re
 import secrets
 from collections.abc import Sequence
 from pathlib import Path
 
 from toppy.config.address import parse_host_port
+from toppy.control.settings import SYSTEM_CONFIG
 from toppy.errors import ConfigError
 from toppy.system.certificate_authority import issue_server_certificate, make_ca
+
+_SYSTEM_DIRECTORY = Path(SYSTEM_CONFIG).parent
+_SERVICE_USER = "toppy-gw"
+_FOR_SERVICE = ("server-key.pem", "token")
+"""Secrets that the service reads as its own user (systemd/)."""
+_CONFIG, _EXAMPLE = "gateway.toml", "gateway.toml.example"
 
 _NAME = re.compile(r"(?=.{1,253}\Z)(\*\.)?[a-z0-9_-]{1,63}(\.[a-z0-9_-]{1,63})*\Z")
 
@@ -24,9 +32,7 @@ _GATEWAY = """\
 
 # one worker process per core
 workers = "auto"
-# unix sockets and the lock, relative to this file
-runtime_dir = "run"
-
+{runtime_dir}
 [listen]
 quic = ["{listen}"]
 health = "{health}"
@@ -41,6 +47,11 @@ token_file = "token"
 # What clients may reach. The first rule that matches decides; what no rule allows is denied.
 # Loopback, private and other special addresses need a rule whose cidr names them.
 {rules}
+"""
+
+_OWN_RUNTIME_DIR = """\
+# unix sockets and the lock, relative to this file
+runtime_dir = "run"
 """
 
 _LOOPBACK_RULES = """\
@@ -85,8 +96,9 @@ def write_development_files(
 
     ``listen`` and ``health`` are ADDRESS:PORT; ``names`` are more names and addresses for the
     certificate (localhost is always in it), of which the client uses the first that is no wildcard.
-    All files or none are written; none when one of them exists and ``force`` is not set. Raises
-    ``ConfigError``.
+    All files or none are written; none when one of them exists and ``force`` is not set. (An
+    example that ``make install`` put there and nobody changed does not count.) In ``/etc/toppy``
+    the service's user may read what the gateway reads. Raises ``ConfigError``.
     """
     host, port = _parse(listen, "--listen")
     _parse(health, "--health")
@@ -114,8 +126,9 @@ def write_development_files(
         ("server-key.pem", server.key_pem, 0o600),
         ("token", f"{token}\n".encode(), 0o600),
         (
-            "gateway.toml",
+            _CONFIG,
             _GATEWAY.format(
+                runtime_dir="" if where == _SYSTEM_DIRECTORY else _OWN_RUNTIME_DIR,
                 listen=listen,
                 health=health,
                 rules=_LOOPBACK_RULES if is_loopback else _EXAMPLE_RULES,
@@ -135,6 +148,8 @@ def write_development_files(
         ),
     ]
     existing = [name for name, _, _ in files if os.path.lexists(where / name)]
+    if _CONFIG in existing and _is_untouched_example(where):
+        existing.remove(_CONFIG)
     if existing and not force:
         raise ConfigError(
             f"{where} already has {', '.join(existing)}; nothing was written "
@@ -153,6 +168,7 @@ def _write_all(directory: Path, files: Sequence[tuple[str, bytes, int]]) -> None
     for name, _, _ in files:
         if (directory / name).is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(directory / name))
+    service = _service_user(directory)
     drafts: list[tuple[Path, Path]] = []
     try:
         # all that can fail for want of space or rights comes before the first rename
@@ -162,6 +178,8 @@ def _write_all(directory: Path, files: Sequence[tuple[str, bytes, int]]) -> None
             drafts.append((draft, directory / name))
             with os.fdopen(descriptor, "wb") as file:
                 os.fchmod(file.fileno(), mode)
+                if service is not None and name in _FOR_SERVICE:
+                    os.fchown(file.fileno(), service.pw_uid, service.pw_gid)
                 file.write(content)
         for draft, path in drafts:
             draft.replace(path)
@@ -169,6 +187,21 @@ def _write_all(directory: Path, files: Sequence[tuple[str, bytes, int]]) -> None
         for draft, _ in drafts:
             with contextlib.suppress(OSError):
                 draft.unlink()
+
+
+def _service_user(directory: Path) -> pwd.struct_passwd | None:
+    """Who is to own secrets, where there is such a user and this one may give files away."""
+    if directory == _SYSTEM_DIRECTORY and os.geteuid() == 0:
+        with contextlib.suppress(KeyError):
+            return pwd.getpwnam(_SERVICE_USER)
+    return None
+
+
+def _is_untouched_example(directory: Path) -> bool:
+    try:
+        return (directory / _CONFIG).read_bytes() == (directory / _EXAMPLE).read_bytes()
+    except OSError:
+        return False
 
 
 def _toml_text(text: str) -> str:

@@ -1,35 +1,65 @@
 """The gateway's UDP sockets: one SO_REUSEPORT group per listen address, a socket per slot.
 
-The control plane keeps every descriptor for as long as it lives, so that a socket's index in its
-group never changes and what is queued for a dead worker waits for the next one.
+The control plane keeps every descriptor for as long as it lives, and every worker holds them too:
+so a socket's index in its group never changes, and what is queued for a dead worker waits for the
+next one. Without steering there are as many sockets as workers, and generations read the same ones
+in turn.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from toppy.errors import ConfigError
 from toppy.model.target import Target
 from toppy.net import steering
 from toppy.net.udp_socket import bind_udp
 from toppy.quic.engine import Address
+from toppy.wire.connection_id import MAX_SLOTS
+
+_NAME = "quic"
 
 
 class Listeners:
-    """Sockets for ``slot_count`` slots on every address; at most 256 slots."""
+    """Sockets for ``slot_count`` slots on every address; at most 256 slots.
 
-    def __init__(self, addresses: Sequence[Address], slot_count: int, *, buffer_bytes: int) -> None:
-        self.slot_count = slot_count
-        self.is_steered = steering.is_supported()
+    ``inherited`` are sockets of an earlier control plane by ``names``; those that fit are taken,
+    all others are left alone.
+    """
+
+    def __init__(
+        self,
+        addresses: Sequence[Address],
+        slot_count: int,
+        worker_count: int,
+        *,
+        buffer_bytes: int,
+        is_steered: bool,
+        inherited: Mapping[str, socket.socket] | None = None,
+    ) -> None:
+        self.is_steered = is_steered and steering.is_supported()
+        self.slot_count = slot_count if self.is_steered else worker_count
+        """Sockets per address."""
+        self.is_inherited = False
+        """The sockets are an earlier control plane's."""
+        self._buffer_bytes = buffer_bytes
         self._groups: list[list[socket.socket]] = []
         self.addresses: tuple[Address, ...] = ()
         port_for_zero = 0
+        found = _inherited_groups(inherited or {}, addresses)
+        if found:
+            self._groups = found
+            self.addresses = tuple(_address(group[0]) for group in found)
+            self.slot_count = len(found[0])
+            self.is_inherited = True
+            return
         try:
             for host, port in addresses:
                 wanted = port or port_for_zero
-                group = _bind_group(host, wanted, slot_count, buffer_bytes)
+                group = _bind_group(host, wanted, self.slot_count, buffer_bytes)
                 self._groups.append(group)
                 bound = group[0].getsockname()[1]
                 port_for_zero = port_for_zero or bound
@@ -38,28 +68,50 @@ class Listeners:
             self.close()
             raise
 
-    def steer(self, active_slots: Sequence[int]) -> None:
+    def grow(self, slot_count: int) -> None:
+        """More slots, at most 256: a newcomer to a group goes last, so no index changes. Raises
+        ``OSError``.
+        """
+        slot_count = min(slot_count, MAX_SLOTS)
+        for (host, port), group in zip(self.addresses, self._groups, strict=True):
+            while len(group) < slot_count:
+                group.append(bind_udp(host, port, reuse_port=True, buffer_bytes=self._buffer_bytes))
+        self.slot_count = max(self.slot_count, slot_count)
+
+    def steer(self, active_slots: Sequence[int], live_slots: Sequence[int]) -> None:
         """Send new connections to ``active_slots``, and every other packet to the slot that its
-        connection ID names. Takes effect at once.
+        connection ID names, where that one is among ``live_slots``. Takes effect at once. Raises
+        ``OSError``.
         """
         if not self.is_steered:
             return
         program = steering.build_program(
-            slot_count=self.slot_count, active_slots=tuple(active_slots)
+            slot_count=self.slot_count,
+            active_slots=tuple(active_slots),
+            live_slots=tuple(live_slots),
         )
         for group in self._groups:
             steering.attach(group[0], program)
 
-    def descriptors(self, slot: int) -> tuple[int, ...]:
-        """What the worker of ``slot`` reads.
+    def descriptors(self) -> tuple[tuple[int, ...], ...]:
+        """All sockets, one row per listen address."""
+        return tuple(tuple(sock.fileno() for sock in group) for group in self._groups)
 
-        Without steering the kernel spreads packets over all sockets of a group, so the sockets of
-        the spare slots are read too, each by one worker.
+    def read_by(self, slot: int, place: int, workers: int) -> tuple[int, ...]:
+        """Which of each row a worker reads: its slot's, or without steering its share; it has
+        ``place`` among the ``workers`` of its generation.
         """
-        slots = [slot]
-        if not self.is_steered:
-            slots.append(slot + self.slot_count // 2)
-        return tuple(group[s].fileno() for group in self._groups for s in slots)
+        if self.is_steered:
+            return (slot,)
+        return tuple(range(place, self.slot_count, workers)) or (place % self.slot_count,)
+
+    def by_name(self) -> dict[str, socket.socket]:
+        """Every socket by a name that says its place, for whoever keeps them meanwhile."""
+        return {
+            f"{_NAME}.{row}.{index}": sock
+            for row, group in enumerate(self._groups)
+            for index, sock in enumerate(group)
+        }
 
     def close(self) -> None:
         """Give the port up."""
@@ -67,6 +119,53 @@ class Listeners:
             for sock in group:
                 sock.close()
         self._groups.clear()
+
+
+def named(rows: Sequence[Sequence[int]]) -> dict[str, socket.socket]:
+    """Descriptors that a worker handed over, named as ``Listeners.by_name`` does."""
+    return {
+        f"{_NAME}.{row}.{index}": socket.socket(fileno=descriptor)
+        for row, group in enumerate(rows)
+        for index, descriptor in enumerate(group)
+    }
+
+
+def _inherited_groups(
+    inherited: Mapping[str, socket.socket], addresses: Sequence[Address]
+) -> list[list[socket.socket]]:
+    """The groups of an earlier control plane, if they are whole and on these addresses."""
+    groups: list[list[socket.socket]] = []
+    for host, port in addresses:
+        row = len(groups)
+        group: list[socket.socket] = []
+        while (sock := inherited.get(f"{_NAME}.{row}.{len(group)}")) is not None:
+            group.append(sock)
+        if not group or any(not _is_at(sock, host, port) for sock in group):
+            return []
+        groups.append(group)
+    if len({len(group) for group in groups}) != 1:
+        return []
+    return groups
+
+
+def _is_at(sock: socket.socket, host: str, port: int) -> bool:
+    with contextlib.suppress(OSError):
+        if sock.type != socket.SOCK_DGRAM:
+            return False
+        bound = _address(sock)
+        return bound[0] == host.partition("%")[0] and port in (0, bound[1])
+    return False
+
+
+def _address(sock: socket.socket) -> Address:
+    host, port = sock.getsockname()[:2]
+    return host, port
+
+
+def close_all(sockets: Mapping[str, socket.socket]) -> None:
+    """Those that nobody took."""
+    for sock in sockets.values():
+        sock.close()
 
 
 def _bind_group(host: str, port: int, count: int, buffer_bytes: int) -> list[socket.socket]:

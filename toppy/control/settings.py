@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 import stat
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from toppy.auth.authenticator import Authenticator
@@ -44,6 +45,22 @@ class GatewaySettings:
     reset_key: bytes = field(repr=False)
     token_key: bytes = field(repr=False)
 
+    def with_hot(self, other: GatewaySettings, config: GatewayConfig) -> GatewaySettings:
+        """The same with ``config`` and what ``other`` has for those who open tunnels."""
+        return replace(
+            self, config=config, authenticator=other.authenticator, warnings=other.warnings
+        )
+
+    def for_trial(self, runtime_dir: Path) -> GatewaySettings:
+        """The same with one worker, on a loopback port of its own."""
+        config = self.config
+        listen = config.listen.model_copy(update={"quic": ("127.0.0.1:0",), "health": ""})
+        return replace(
+            self,
+            config=config.model_copy(update={"listen": listen, "workers": 1}),
+            runtime_dir=runtime_dir,
+        )
+
 
 def config_path(flag: str | None, environ: Mapping[str, str]) -> Path | None:
     """Which file: the flag, ``TOPPY_GW_CONFIG``, or the system's where there is one."""
@@ -64,16 +81,34 @@ def load_config(path: Path | None, environ: Mapping[str, str]) -> LoadedConfig:
     return parse_gateway_config(text, source, environ)
 
 
-def load_settings(path: Path | None, environ: Mapping[str, str]) -> GatewaySettings:
-    """Configuration and every file that it names. Raises ``ConfigError``."""
+def load_settings(
+    path: Path | None,
+    environ: Mapping[str, str],
+    *,
+    self_signed: tuple[bytes, bytes] | None = None,
+) -> GatewaySettings:
+    """Configuration and every file that it names. Raises ``ConfigError``.
+
+    ``self_signed`` is a certificate and its key that this gateway made for itself before; without
+    ``tls.certificate`` it is used again.
+    """
     loaded = load_config(path, environ)
     config = loaded.config
+    if config.workers == "auto":
+        config = config.model_copy(update={"workers": os.cpu_count() or 1})
     base = _base_directory(path)
     warnings = list(loaded.warnings)
 
     def read(value: str, key: str, *, is_secret: bool = False) -> bytes:
         where = Path(resolve_path(base, value))
-        data = read_file(where, key)
+        try:
+            data = read_file(where, key)
+        except ConfigError as error:
+            if not _is_missing(where):
+                raise
+            raise ConfigError(
+                f"{error}; a first certificate and token come from: toppy-gw init {base}", key=key
+            ) from None
         if is_secret and where.stat().st_mode & (stat.S_IRGRP | stat.S_IROTH):
             warnings.append(f"{key}: {where} can be read by others; run: chmod 600 {where}")
         return data
@@ -91,8 +126,10 @@ def load_settings(path: Path | None, environ: Mapping[str, str]) -> GatewaySetti
             ) from None
         names = _names(chain)
     else:
-        made = issue_self_signed(("localhost", "127.0.0.1", "::1"))
-        chain, key = made.certificate_pem, made.key_pem
+        if self_signed is None:
+            made = issue_self_signed(("localhost", "127.0.0.1", "::1"))
+            self_signed = made.certificate_pem, made.key_pem
+        chain, key = self_signed
         names = _names(chain)
         warnings.append(
             "no tls.certificate: using a self-signed one for localhost, made at this start"
@@ -120,6 +157,16 @@ def runtime_directory(path: Path | None, environ: Mapping[str, str]) -> Path:
 
 def _base_directory(path: Path | None) -> str:
     return str(path.absolute().parent if path is not None else Path.cwd())
+
+
+def _is_missing(path: Path) -> bool:
+    try:
+        path.stat()
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def _read_text(read: _Read, value: str, key: str) -> str:

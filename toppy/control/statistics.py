@@ -8,9 +8,9 @@ from toppy.model.counters import WorkerCounters
 class Statistics:
     """The latest counters of every worker, by slot, on top of its predecessors'."""
 
-    def __init__(self) -> None:
+    def __init__(self, past: dict[int, WorkerCounters] | None = None) -> None:
         self._latest: dict[int, WorkerCounters] = {}
-        self._past: dict[int, WorkerCounters] = {}
+        self._past: dict[int, WorkerCounters] = dict(past or {})
 
     def report(self, slot: int, counters: WorkerCounters) -> None:
         """A running worker's counters since its start."""
@@ -23,6 +23,11 @@ class Statistics:
             return
         counters.connections_open = counters.tunnels_open = 0
         self._past[slot] = self._past.get(slot, WorkerCounters()) + counters
+
+    @property
+    def past(self) -> dict[int, WorkerCounters]:
+        """What workers that have ended counted."""
+        return dict(self._past)
 
     def by_slot(self) -> dict[int, WorkerCounters]:
         """Counters since the gateway's start."""
