@@ -12,39 +12,9 @@ from typer.testing import CliRunner
 
 from toppy import __version__
 from toppy.cli import toppy, toppy_gw
-from toppy.cli.gateway_status import fetch_status, render_status
 from toppy.cli.udp import run_udp
-from toppy.errors import ConfigError
 
 runner = CliRunner()
-
-
-def facts(**changes: Any) -> dict[str, Any]:
-    worker = {
-        "slot": 0,
-        "generation": 1,
-        "pid": 2,
-        "state": "serving",
-        "since": 0.0,
-        "connections": 3,
-        "tunnels": 4,
-        "datagrams_to_target": 5,
-        "datagrams_to_client": 6,
-    }
-    return {
-        "version": "9.9",
-        "pid": 1,
-        "engine": "native",
-        "since": 0.0,
-        "listen": ["[::]:4433"],
-        "steered": True,
-        "generation": 1,
-        "worker_deaths": 0,
-        "connections": 3,
-        "tunnels": 4,
-        "drops": {},
-        "workers": [worker],
-    } | changes
 
 
 def test_toppy_alone_hints_at_doctor() -> None:
@@ -105,19 +75,6 @@ def test_check_config_names_what_is_wrong(tmp_path: Path) -> None:
     )
     assert result.exit_code == 1
     assert "did you mean workers" in result.stderr
-
-
-def test_status_of_a_gateway_that_is_not_there_says_what_to_look_at(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="is it running"):
-        fetch_status(tmp_path)
-
-
-def test_status_for_people() -> None:
-    text = render_status(facts(drops={"queue_full": 7}, steered=False))
-    assert "toppy-gw 9.9, engine native" in text
-    assert "without BPF steering" in text
-    assert "worker 0 gen 1: serving, pid 2" in text
-    assert "dropped: queue_full 7" in text
 
 
 def test_a_client_without_a_configuration_is_told_how_to_get_one(

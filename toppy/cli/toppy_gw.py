@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
 from toppy import __version__
-from toppy.errors import ConfigError
+from toppy.errors import ConfigError, ToppyError
 
 app = typer.Typer(
     name="toppy-gw",
@@ -23,6 +23,7 @@ ConfigOption = Annotated[
     str | None,
     typer.Option("--config", "-c", metavar="FILE", help="Default: /etc/toppy/gateway.toml"),
 ]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print facts as JSON.")]
 
 
 def _show_version(is_asked: bool) -> None:
@@ -93,33 +94,113 @@ def check_config(config: ConfigOption = None) -> None:
 
 
 @app.command()
-def status(
+def status(config: ConfigOption = None, as_json: JsonOption = False) -> None:
+    """Show the running gateway: generations, workers, what they do and have dropped."""
+    _operate(config, "status", as_json=as_json)
+
+
+@app.command()
+def reload(
     config: ConfigOption = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print facts as JSON.")] = False,
+    policy_only: Annotated[
+        bool,
+        typer.Option(
+            "--policy-only",
+            help="Only what is hot: policy, credentials, log level. The workers stay.",
+        ),
+    ] = False,
+    as_json: JsonOption = False,
 ) -> None:
-    """Ask the running gateway how it is."""
-    from toppy.cli.gateway_status import fetch_status, render_status  # noqa: PLC0415
-    from toppy.control.settings import config_path, runtime_directory  # noqa: PLC0415
+    """Apply the configuration file; wait until a new generation of workers serves with it."""
+    _operate(config, "reload", policy_only=policy_only, as_json=as_json)
+
+
+@app.command()
+def upgrade(config: ConfigOption = None, as_json: JsonOption = False) -> None:
+    """Replace the running code by what is installed now; connections stay."""
+    _operate(config, "upgrade", as_json=as_json)
+
+
+@app.command()
+def drain(
+    what: Annotated[
+        str, typer.Argument(metavar="WORKER|GENERATION", help="Such as s3 or g2; see status.")
+    ],
+    config: ConfigOption = None,
+    timeout: Annotated[
+        float | None,
+        typer.Option(
+            metavar="S",
+            min=0,
+            help="Seconds after which live tunnels are closed; 0: never. "
+            "Default: reload.drain_timeout_s.",
+        ),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Have a worker or an earlier generation end once its tunnels have."""
+    _operate(config, "drain", what, timeout, as_json=as_json)
+
+
+@app.command()
+def connections(config: ConfigOption = None, as_json: JsonOption = False) -> None:
+    """List the open connections."""
+    _operate(config, "connections", as_json=as_json)
+
+
+@app.command()
+def tunnels(config: ConfigOption = None, as_json: JsonOption = False) -> None:
+    """List the open tunnels."""
+    _operate(config, "tunnels", as_json=as_json)
+
+
+@app.command()
+def kick(
+    what: Annotated[
+        str, typer.Argument(metavar="TUNNEL|SUBJECT", help="As the list of tunnels has it.")
+    ],
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Close a tunnel, or all of a subject; their clients are told why."""
+    _operate(config, "kick", what, as_json=as_json)
+
+
+@app.command()
+def stop(config: ConfigOption = None) -> None:
+    """Stop the gateway and its workers; wait until they have ended."""
+    _operate(config, "stop", as_json=False)
+
+
+def _operate(
+    config: str | None, command: str, *arguments: Any, as_json: bool, **options: Any
+) -> None:
+    """Have the running gateway do ``command``, a method of ``GatewayAdmin``; print its answer."""
+    from toppy.cli import gateway_tables  # noqa: PLC0415
+    from toppy.cli.gateway_admin import (  # noqa: PLC0415
+        GatewayAdmin,
+        RefusedError,
+        find_runtime_dir,
+    )
 
     try:
-        facts = fetch_status(runtime_directory(config_path(config, os.environ), os.environ))
-    except ConfigError as error:
+        admin = GatewayAdmin(find_runtime_dir(config, os.environ))
+        facts = getattr(admin, command)(*arguments, **options)
+    except RefusedError as error:
+        _fail(error, error.exit_code)
+    except ToppyError as error:
         _fail(error)
-    _print_facts(facts, as_json=as_json, text=render_status)
-
-
-def _print_facts(facts: dict[str, Any], *, as_json: bool, text: Any) -> None:
     if as_json:
         import json  # noqa: PLC0415
 
         typer.echo(json.dumps(facts, indent=2))
     else:
-        typer.echo(text(facts))
+        typer.echo(getattr(gateway_tables, f"render_{command}")(facts))
 
 
-def _fail(error: Exception) -> None:
+def _fail(error: Exception, exit_code: int = 1) -> NoReturn:
     typer.echo(f"toppy-gw: {error}", err=True)
-    raise typer.Exit(1)
+    raise typer.Exit(exit_code)
 
 
 def main() -> None:
