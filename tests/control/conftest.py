@@ -18,7 +18,7 @@ _DEADLINE_S = 3600.0
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
+def run(tmp_path: Path) -> Run:
     """Run a scenario on a stage whose supervisor runs. ``serve``: slots whose workers serve already
     as generation 1; of ``slots`` in all.
     """
@@ -32,24 +32,26 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
     ) -> None:
         async def whole() -> None:
             loop = asyncio.get_running_loop()
-            monkeypatch.setattr(time, "monotonic", loop.time)
-            monkeypatch.setattr(time, "time", lambda: 1000.0 + loop.time())
-            stage = Stage(tmp_path, slots)
-            start = begin or (lambda _: None)
-            running = asyncio.create_task(stage.supervisor.run(lambda: start(stage)))
-            try:
-                async with asyncio.timeout(_DEADLINE_S):
-                    await until(lambda: stage.server.is_served)
-                    if serve and begin is None:
-                        stage.serve(*serve)
-                    await scenario(stage)
-                    assert not running.done(), "the supervisor gave up"
-            finally:
-                running.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await running
-                for worker in stage.supervisor.workers.values():
-                    worker.close()
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(time, "monotonic", loop.time)
+                patch.setattr(time, "time", lambda: 1000.0 + loop.time())
+                stage = Stage(tmp_path, slots)
+                running = asyncio.create_task(
+                    stage.supervisor.run(lambda: begin(stage) if begin is not None else None)
+                )
+                try:
+                    async with asyncio.timeout(_DEADLINE_S):
+                        await until(lambda: stage.server.is_served)
+                        if serve and begin is None:
+                            stage.serve(*serve)
+                        await scenario(stage)
+                        assert not running.done(), "the supervisor gave up"
+                finally:
+                    running.cancel()
+                    with contextlib.suppress(asyncio.CancelledError):
+                        await running
+                    for worker in stage.supervisor.workers.values():
+                        worker.close()
 
         run_in_virtual_time(whole())
 

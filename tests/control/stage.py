@@ -205,12 +205,13 @@ class Stage:
         self.server.report(Report(slot, worker.generation.number, worker.secret, counters))
 
     async def pass_time(self, duration_s: float) -> None:
-        """Let time pass; workers that serve report as they should."""
+        """Let time pass; workers that relay report as they should."""
         loop = asyncio.get_running_loop()
         end = loop.time() + duration_s
         while loop.time() < end:
-            for slot in self.serving():
-                self.report(WorkerCounters(), slot)
+            for slot, worker in self.supervisor.workers.items():
+                if worker.is_serving:
+                    self.report(WorkerCounters(), slot)
             await asyncio.sleep(min(0.5, end - loop.time()))
 
     def serving(self) -> list[int]:

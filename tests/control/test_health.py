@@ -1,4 +1,4 @@
-"""Health, metrics and status over HTTP."""
+"""Health and metrics over HTTP."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ import asyncio
 import contextlib
 import socket
 from collections.abc import Callable, Coroutine
-from pathlib import Path
 
 import httpx
 import pytest
 
 from toppy.control import health
-from toppy.control.health import admin_app, health_app, serve_http
+from toppy.control.health import health_app, serve_http
 
 
 def serve(
@@ -103,21 +102,3 @@ def test_garbage_is_answered_as_such() -> None:
         await writer.wait_closed()
 
     serve(scenario)
-
-
-def test_status_is_served_on_a_unix_socket(tmp_path: Path) -> None:
-    async def scenario() -> None:
-        path = tmp_path / "admin.sock"
-        sock = socket.socket(socket.AF_UNIX)
-        sock.bind(str(path))
-        sock.listen()
-        serving = asyncio.create_task(serve_http(admin_app(lambda: {"tunnels": 3}), sock))
-        transport = httpx.AsyncHTTPTransport(uds=str(path))
-        async with httpx.AsyncClient(transport=transport) as client:
-            answer = await client.get("http://toppy-gw/status")
-        assert answer.json() == {"tunnels": 3}
-        serving.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await serving
-
-    asyncio.run(scenario())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import ipaddress
 import os
+import pwd
 import stat
 import tomllib
 from collections.abc import Iterator
@@ -296,3 +297,43 @@ def test_a_name_that_is_none_is_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(ConfigError, match="--name"):
         write(tmp_path / "gw", names=(name,))
     assert not (tmp_path / "gw").exists()
+
+
+def test_an_example_that_nobody_has_changed_is_replaced(tmp_path: Path) -> None:
+    for name in ("gateway.toml", "gateway.toml.example"):
+        (tmp_path / name).write_text("# an example")
+    write(tmp_path)
+    assert gateway_of(tmp_path).tls.certificate == "server.pem"
+    assert (tmp_path / "gateway.toml.example").read_text() == "# an example"
+
+
+def test_an_example_that_was_changed_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "gateway.toml.example").write_text("# an example")
+    (tmp_path / "gateway.toml").write_text("# mine")
+    with pytest.raises(ConfigError, match=r"already has gateway\.toml"):
+        write(tmp_path)
+    assert (tmp_path / "gateway.toml").read_text() == "# mine"
+    assert not (tmp_path / "token").exists()
+
+
+def test_in_the_system_directory_the_service_owns_what_it_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[tuple[int, int]] = []
+    nobody = pwd.getpwnam("nobody")
+    monkeypatch.setattr("toppy.control.init._SYSTEM_DIRECTORY", tmp_path)
+    monkeypatch.setattr("toppy.control.init._SERVICE_USER", "nobody")
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(os, "fchown", lambda file, *owner: given.append(owner))
+    write(tmp_path)
+    assert given == [(nobody.pw_uid, nobody.pw_gid)] * 2
+    # and its sockets are where the service has its runtime directory
+    assert gateway_of(tmp_path).runtime_dir == "/run/toppy-gw"
+
+
+def test_without_the_services_user_every_file_is_the_callers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("toppy.control.init._SYSTEM_DIRECTORY", tmp_path)
+    monkeypatch.setattr("toppy.control.init._SERVICE_USER", "no-such-user")
+    assert {path.stat().st_uid for path in write(tmp_path)} == {os.geteuid()}

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from pydantic import BaseModel
 
+from toppy.config.gateway import GatewayConfig
+from toppy.control import settings as settings_module
 from toppy.control.init import write_development_files
 from toppy.control.settings import config_path, load_settings, runtime_directory
 from toppy.errors import ConfigError
@@ -96,3 +100,44 @@ def test_the_runtime_directory_is_relative_to_the_file(directory: Path) -> None:
     assert runtime_directory(directory / "gateway.toml", {}) == directory / "run"
     elsewhere = {"TOPPY_GW_RUNTIME_DIR": "/run/other"}
     assert runtime_directory(directory / "gateway.toml", elsewhere) == Path("/run/other")
+
+
+def hot_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            yield from hot_keys(kind, f"{prefix}{name}.")
+        elif isinstance(field.json_schema_extra, dict):
+            if field.json_schema_extra.get("applies") == "hot":
+                yield f"{prefix}{name}"
+
+
+def test_every_hot_setting_is_taken_over_by_a_push_of_the_policy(tmp_path: Path) -> None:
+    for key in hot_keys(GatewayConfig):
+        assert key.partition(".")[0] in settings_module._HOT or key == "log.level"
+    path = tmp_path / "gateway.toml"
+    path.write_text("workers = 2\n[auth]\ntoken = 'a-first-token'\n")
+    old = load_settings(path, {})
+    path.write_text("workers = 3\n[auth]\ntoken = 'another-token'\n[log]\nlevel = 'debug'\n")
+    new = load_settings(path, {})
+    pushed = old.with_hot(new)
+    assert pushed.authenticator is new.authenticator
+    assert pushed.config.log.level == "debug"
+    assert pushed.config.workers == old.config.workers
+
+
+def test_a_missing_file_is_reported_with_where_a_first_one_comes_from(directory: Path) -> None:
+    (directory / "server.pem").unlink()
+    with pytest.raises(ConfigError, match=f"toppy-gw init {directory}$") as refused:
+        load_settings(directory / "gateway.toml", {})
+    assert refused.value.key == "tls.certificate"
+
+
+def test_the_mode_of_a_credential_is_systemds_affair(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (directory / "token").chmod(0o440)
+    (warning,) = load_settings(directory / "gateway.toml", {}).warnings
+    assert "can be read by others" in warning
+    monkeypatch.setattr("toppy.control.settings._CREDENTIALS", directory)
+    assert load_settings(directory / "gateway.toml", {}).warnings == ()

@@ -76,6 +76,7 @@ def test_a_drained_worker_is_not_replaced_and_not_counted_as_dead(run: Run) -> N
         stage.supervisor.drain_generation(first, 0.0)
         stage.report(WorkerCounters(pings=2, connections_open=1), 0)
         stage.process(0).end(0)
+        await settle()
         await stage.pass_time(20.0)
         assert len(stage.processes) == 2
         assert stage.supervisor.deaths == 0
@@ -106,7 +107,9 @@ def test_a_draining_worker_that_says_nothing_is_ended(run: Run) -> None:
         hanging = stage.process(0)
         stage.serve(1)
         stage.supervisor.drain_generation(first, 0.0)
-        await stage.pass_time(20.0)
+        for _ in range(40):
+            stage.report(WorkerCounters(), 1)
+            await asyncio.sleep(0.5)
         assert hanging.signals == [signal.SIGKILL]
         assert list(stage.supervisor.generations) == [2]
 

@@ -15,9 +15,7 @@ class _Selector(selectors.SelectSelector):
 
     now = 0.0
 
-    def select(
-        self, timeout: float | None = None
-    ) -> list[tuple[selectors.SelectorKey, selectors._EventMask]]:
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         ready = super().select(0)
         if not ready:
             assert timeout is not None, "every task waits, and nothing is due"

@@ -14,6 +14,7 @@ from toppy.model.counters import WorkerCounters
 from toppy.model.grant import Denial, Grant
 from toppy.wire.ipc_message import (
     MAX_MESSAGE_BYTES,
+    PROTOCOL,
     SETTINGS_LENGTH,
     AdmissionRequest,
     Admitted,
@@ -189,3 +190,21 @@ def test_a_list_travels_in_pages_that_each_fit_a_message(items: list[bytes]) -> 
     assert [item for page, _ in parts for item in page] == items
     assert [is_last for _, is_last in parts] == [False] * (len(parts) - 1) + [True]
     assert all(sum(map(len, page)) < MAX_MESSAGE_BYTES for page, _ in parts)
+
+
+def test_an_empty_list_is_one_empty_page() -> None:
+    assert list(pages([])) == [((), True)]
+
+
+def test_a_hello_says_which_protocol_it_speaks() -> None:
+    hello = parse_from_worker(encode_message(Hello(slot=0, generation=1, pid=2, secret="s")))
+    assert isinstance(hello, Hello)
+    assert hello.protocol == PROTOCOL
+
+
+def test_settings_for_many_sockets_fit_a_message() -> None:
+    rows = tuple(tuple(range(row * 256, row * 256 + 256)) for row in range(8))
+    settings = msgspec.structs.replace(
+        SETTINGS, sockets=rows, certificate_chain_pem=bytes(100_000), names=("n" * 250,) * 100
+    )
+    assert parse_settings(encode_settings(settings)[SETTINGS_LENGTH.size :]) == settings

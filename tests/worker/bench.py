@@ -63,6 +63,7 @@ class FakeTarget:
         self.sent_bytes = 0
         self.overflow = 0
         self.is_closed = False
+        self.address = grant.addresses[0] if grant.addresses else ""
 
     def send(self, payloads: Buffer, segment_size: int) -> SendResult:
         assert not self.is_closed

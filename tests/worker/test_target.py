@@ -86,6 +86,7 @@ def test_the_first_address_with_a_route_is_used() -> None:
         with listening() as far:
             # an IPv4-mapped address cannot be reached from an IPv6-only socket
             target = open_target(Heard(), far.getsockname()[1], "::ffff:192.0.2.1", "127.0.0.1")
+            assert target.address == "127.0.0.1"
             assert target.send(b"hello", 5) is SendResult.SENT
             assert far.recv(100) == b"hello"
             target.close()

@@ -23,6 +23,7 @@ class Leg:
 
     __slots__ = (
         "answers_barrier",
+        "awaits_answers",
         "awaits_barrier",
         "connection",
         "is_unsent",
@@ -41,6 +42,8 @@ class Leg:
         self.protocol = UdpTunnel(hold_datagrams=0, hold_bytes=0, is_client=True)
         self.answers_barrier = False
         """The gateway says when everything sent here has gone to the target (BARRIER)."""
+        self.awaits_answers = False
+        """What comes by a newer leg waits for what comes here."""
         self.awaits_barrier = False
         """It was asked, and has not answered."""
         self.is_unsent = False
@@ -60,6 +63,7 @@ class ClientTunnel:
     """One local peer's way to a target. Survives reconnects, and moves between connections."""
 
     __slots__ = (
+        "arrived",
         "current",
         "datagrams_from_gateway",
         "datagrams_to_gateway",
@@ -88,6 +92,8 @@ class ClientTunnel:
         self.leaving: list[Leg] = []
         """Nothing more is sent here; what was under way still arrives."""
         self.held = HeldPayloads()
+        self.arrived = HeldPayloads()
+        """What a newer leg brought while an older one may still bring answers."""
         self.hold_until: float | None = None
         """While it moves: payloads wait, so that they do not overtake those on the old way."""
         self.datagrams_to_gateway = 0
@@ -97,6 +103,15 @@ class ClientTunnel:
     def is_open(self) -> bool:
         """Whether payloads have a way to the target now."""
         return self.current is not None and self.current.is_open
+
+    def is_early(self, leg: Leg) -> bool:
+        """Whether what ``leg`` brings is to wait for an older leg."""
+        for older in self.leaving:
+            if older is leg:
+                return False
+            if older.awaits_answers:
+                return True
+        return False
 
     def legs(self) -> list[Leg]:
         """All there are."""

@@ -23,7 +23,7 @@ from toppy.quic.endpoint import (
     StreamAborted,
 )
 from toppy.quic.h3 import H3_CONNECT_ERROR, H3_REQUEST_CANCELLED, H3_REQUEST_REJECTED
-from toppy.wire.capsule import BARRIER_FIELD, encode_barrier
+from toppy.wire.capsule import BARRIER_FIELD, MOST_BARRIERS, encode_barrier
 from toppy.wire.connect_udp import expand_template, request_headers
 from toppy.wire.proxy_status import explain, parse_proxy_status, recommended_status
 
@@ -228,7 +228,26 @@ class Tunnels:
             return
         leg.last_heard = now
         leg.tunnel.datagrams_from_gateway += count
-        leg.tunnel.deliver(payloads, segment_size)
+        self._deliver(leg, payloads, segment_size)
+
+    def _deliver(self, leg: Leg, payloads: bytes, segment_size: int) -> None:
+        tunnel = leg.tunnel
+        if tunnel.leaving and tunnel.is_early(leg):
+            dropped = tunnel.arrived.hold(
+                payloads,
+                segment_size,
+                max_datagrams=MOVE_HOLD_DATAGRAMS,
+                max_bytes=MOVE_HOLD_BYTES,
+            )
+            if not dropped:
+                return
+            self._deliver_arrived(tunnel)  # order is worth less than they are
+        tunnel.deliver(payloads, segment_size)
+
+    @staticmethod
+    def _deliver_arrived(tunnel: ClientTunnel) -> None:
+        for payloads, segment_size in tunnel.arrived.take():
+            tunnel.deliver(payloads, segment_size)
 
     def retry_waiting(self) -> None:
         """Ask for tunnels that found no free stream; call it now and then."""
@@ -311,8 +330,9 @@ class Tunnels:
         if old.answers_barrier:
             # not before: on a stream it would overtake datagrams that wait
             self._endpoint.send_body(old.connection, old.stream_id, encode_barrier())
-            old.awaits_barrier = True
+            old.awaits_barrier = old.awaits_answers = True
             wait_s = MOVE_HOLD_MOST_S
+            self._call_at(now + 2 * wait_s, lambda now: self._hear_all(old))
         self._hold(tunnel, max(now + wait_s, tunnel.hold_until))
 
     def _hold(self, tunnel: ClientTunnel, until: float) -> None:
@@ -323,11 +343,20 @@ class Tunnels:
         """Nothing is on its way by a leg that was left, or nobody will tell."""
         leg.awaits_barrier = False
         tunnel = leg.tunnel
+        if leg.protocol.barriers and leg in tunnel.leaving:
+            self._endpoint.send_body(leg.connection, leg.stream_id, encode_barrier())
         if tunnel.hold_until is not None and not any(
             other.awaits_barrier or other.is_unsent for other in tunnel.leaving
         ):
             tunnel.hold_until = now
             self._release(tunnel, now)
+
+    def _hear_all(self, leg: Leg) -> None:
+        """The answers that a leg that was left would bring are there, or late."""
+        if leg.awaits_answers:
+            leg.awaits_answers = False
+            if not any(other.awaits_answers for other in leg.tunnel.leaving):
+                self._deliver_arrived(leg.tunnel)
 
     def _release(self, tunnel: ClientTunnel, now: float) -> None:
         """What the old way had is there by now: go on by the new one."""
@@ -369,12 +398,15 @@ class Tunnels:
             self._lose(leg)
             return
         leg.last_heard = now
-        if leg.awaits_barrier and protocol.has_barrier:
+        if leg.awaits_barrier and protocol.barriers:
             self._pass_barrier(leg, now)
+        if leg.awaits_answers and protocol.barriers >= MOST_BARRIERS:
+            # behind the datagrams that came in the same packets
+            self._call_at(now, lambda now: self._hear_all(leg))
         self._drop(DropReason.UNKNOWN_CONTEXT, protocol.unknown_contexts - unknown_before)
         for payload in payloads:
             tunnel.datagrams_from_gateway += 1
-            tunnel.deliver(payload, len(payload))
+            self._deliver(leg, payload, len(payload))
         if protocol.is_wrapping_up:
             self._leave(leg.connection)
         if event.ended or protocol.closed_because is not None:
@@ -425,6 +457,7 @@ class Tunnels:
         leg.tunnel.forget(leg)
         if leg.awaits_barrier:
             self._call_at(0.0, lambda now: self._pass_barrier(leg, now))
+        self._hear_all(leg)
         self._watch_deserted(leg.connection)
 
     def _call_at(self, due: float, action: Callable[[float], None]) -> None:

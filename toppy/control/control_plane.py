@@ -42,7 +42,7 @@ from toppy.control.supervisor import (
     find_saved_worker,
 )
 from toppy.control.upgrade import become_new_code, try_new_code
-from toppy.errors import ConfigError, ToppyError
+from toppy.errors import ConfigError, ResourceLimitError, ToppyError
 from toppy.ipc.control_channel import ControlServer
 from toppy.model.counters import WorkerCounters
 from toppy.net.resolver import Resolver
@@ -89,6 +89,12 @@ class ControlPlane:
         adopted: list[tuple[SavedWorker, Process, socket.socket]] = []
         if saved is not None:
             adopted = _find_workers(saved, str(runtime), inherited)
+            if saved.generation_active not in {g.number for g in saved.generations}:
+                # it died before any generation served: there is nothing to go on with
+                for _, process, line in adopted:
+                    process.kill()
+                    line.close()
+                adopted = []
             self._revision = saved.revision
             self._started_at = saved.started_at
         self._saved = saved if adopted else None
@@ -234,7 +240,11 @@ class ControlPlane:
         saved, supervisor = self._saved, self._supervisor
         self._services.keep(self._listeners.by_name())
         if supervisor.active is not None:
-            await supervisor.wait_until_serving(supervisor.active)
+            try:
+                await supervisor.wait_until_serving(supervisor.active)
+            except ResourceLimitError as error:
+                # the others relay; the supervisor replaces the one that does not
+                _log.error("a worker could not be taken over", reason=str(error))
         else:
             slots = supervisor.free_slots()[: self._settings.config.worker_count]
             # before the workers read: what arrives meanwhile waits where it will be read
@@ -327,14 +337,19 @@ class ControlPlane:
         wanted = config.worker_count * self._settings.config.reload.generations
         if wanted > self._supervisor.slot_count:
             self._grow(wanted)
-        revision = self._revision + 1
+        planned_at = self._revision
 
-        def commit() -> None:
-            self._revision = revision
-            self._adopt_settings(settings)
+        def commit() -> int:
+            adopted = settings
+            if self._revision != planned_at:
+                # a policy was pushed while the workers came up: it is the newer one
+                adopted = settings.with_hot(self._settings)
+            self._revision += 1
+            self._adopt_settings(adopted)
+            return self._revision
 
         return Plan(
-            revision=revision,
+            revision=planned_at + 1,
             workers=config.worker_count,
             settings_for=self._worker_settings_for(settings),
             drain_timeout_s=config.reload.drain_timeout_s,
@@ -401,18 +416,7 @@ class ControlPlane:
         warnings = self._warnings(settings, ("reload", "restart"))
         self._revision += 1
         # what is not hot stays as it is until a reload reads it again
-        config = self._settings.config.model_copy(
-            update={
-                name: getattr(settings.config, name)
-                for name in ("auth", "policy", "resolver", "insecure_no_auth")
-            }
-            | {
-                "log": self._settings.config.log.model_copy(
-                    update={"level": settings.config.log.level}
-                )
-            }
-        )
-        self._adopt_settings(self._settings.with_hot(settings, config))
+        self._adopt_settings(self._settings.with_hot(settings))
         active = self._supervisor.active
         if active is not None:
             active.revision = self._revision
@@ -435,7 +439,7 @@ class ControlPlane:
             _log.info("reloaded", revision=self._revision, duration_s=duration_s)
         else:
             _log.error("reload failed, nothing has changed", reason=message)
-            self._services.status(f"reload failed, nothing has changed: {message}")
+        self._services.status(self._status_text())
         if self._is_serving:
             self._services.ready()
 
@@ -477,8 +481,7 @@ class ControlPlane:
         """See ``Operations``: try the new code, then become it."""
         if self._rollouts.state.value != "idle" or not self._is_serving:
             raise AdminError("a reload is under way; try again when it is over")
-        path = str(self._path.absolute()) if self._path is not None else None
-        version = await try_new_code(path, self._environ)
+        version = await try_new_code(self._environ)
         if self._rollouts.state.value != "idle" or not self._is_serving:
             raise AdminError("a reload is under way; try again when it is over")
         _log.info("upgrade: the new code serves in a trial, becoming it", version=version)
@@ -616,17 +619,20 @@ class ControlPlane:
         while True:
             self._services.watchdog()
             await asyncio.sleep(interval_s)
-            total = self._statistics.total()
-            generations = len(self._supervisor.generations)
-            text = (
-                f"{self._up_workers()}/{self._settings.config.worker_count} workers, "
-                f"{total.connections_open} connections, {total.tunnels_open} tunnels"
-            )
-            if generations > 1:
-                text += f", {generations - 1} generations draining"
-            if self._last_reload is not None and not self._last_reload["ok"]:
-                text += f"; last reload failed: {self._last_reload['message']}"
-            self._services.status(text)
+            self._services.status(self._status_text())
+
+    def _status_text(self) -> str:
+        total = self._statistics.total()
+        generations = len(self._supervisor.generations)
+        text = (
+            f"{self._up_workers()}/{self._settings.config.worker_count} workers, "
+            f"{total.connections_open} connections, {total.tunnels_open} tunnels"
+        )
+        if generations > 1:
+            text += f", {generations - 1} generations draining"
+        if self._last_reload is not None and not self._last_reload["ok"]:
+            text += f"; last reload failed: {self._last_reload['message']}"
+        return text
 
 
 def _find_workers(

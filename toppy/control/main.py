@@ -8,8 +8,10 @@ from pathlib import Path
 
 import uvloop
 
+from toppy import __version__
 from toppy.control.control_plane import ControlPlane
 from toppy.control.settings import GatewaySettings, load_settings
+from toppy.control.upgrade import TRIAL_DIRECTORY
 from toppy.errors import ToppyError
 from toppy.observe.log import configure_logging, get_logger
 from toppy.system.descriptors import raise_descriptor_limit
@@ -23,6 +25,12 @@ def run_gateway(path: Path | None, environ: Mapping[str, str]) -> int:
     try:
         settings = load_settings(path, environ)
         config = settings.config
+        trial = environ.get(TRIAL_DIRECTORY)
+        if trial is not None:
+            configure_logging("warning", "console", process="trial")
+            uvloop.run(_run(settings.for_trial(Path(trial)), path, environ, until_serving=True))
+            print(__version__)
+            return 0
         configure_logging(config.log.level, config.log.format, process="control")
         set_process_title("toppy-gw: control")
         raise_descriptor_limit()
@@ -39,5 +47,11 @@ def run_gateway(path: Path | None, environ: Mapping[str, str]) -> int:
     return 0
 
 
-async def _run(settings: GatewaySettings, path: Path | None, environ: Mapping[str, str]) -> None:
-    await ControlPlane(settings, path, environ).run()
+async def _run(
+    settings: GatewaySettings,
+    path: Path | None,
+    environ: Mapping[str, str],
+    *,
+    until_serving: bool = False,
+) -> None:
+    await ControlPlane(settings, path, environ).run(until_serving=until_serving)

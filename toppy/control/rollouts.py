@@ -26,13 +26,14 @@ class Plan:
     """What a rollout is to lead to."""
 
     revision: int
+    """Of the configuration, as far as is known when the plan is made."""
     workers: int
     settings_for: SettingsFor
     drain_timeout_s: float
     waits_for_slots: bool
     warnings: tuple[str, ...]
-    commit: Callable[[], None]
-    """Called at the switch: from here on the new configuration holds."""
+    commit: Callable[[], int]
+    """Called at the switch: from here on the new configuration holds; its revision."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,8 +111,7 @@ class Rollouts:
         began = time.monotonic()
         handle, supervisor = self._machine.handle, self._supervisor
         try:
-            plan = self._prepare()
-            slots = await self._claim(plan)
+            plan, slots = await self._prepare_with_slots()
         except ToppyError:
             handle(RolloutInput.REFUSED)
             raise
@@ -132,7 +132,7 @@ class Rollouts:
             handle(RolloutInput.SWITCH_FAILED)
             await self._roll_back(slots)
             raise ReloadError(f"packets cannot be steered to it: {error}") from None
-        plan.commit()
+        generation.revision = plan.commit()
         handle(RolloutInput.SWITCHED)
         if before is not None:
             supervisor.drain_generation(before, plan.drain_timeout_s)
@@ -140,11 +140,11 @@ class Rollouts:
         _log.info(
             "generation serves",
             generation=generation.number,
-            revision=plan.revision,
+            revision=generation.revision,
             workers=plan.workers,
             duration_s=duration_s,
         )
-        return Outcome(generation.number, plan.revision, plan.warnings, duration_s)
+        return Outcome(generation.number, generation.revision, plan.warnings, duration_s)
 
     async def _roll_back(self, slots: list[int]) -> None:
         for generation in list(self._supervisor.generations.values()):
@@ -152,14 +152,18 @@ class Rollouts:
                 await self._supervisor.end_generation(generation)
         self._machine.handle(RolloutInput.ROLLED_BACK)
 
-    async def _claim(self, plan: Plan) -> list[int]:
-        """Free slots for the plan's workers. Raises ``ReloadError``."""
+    async def _prepare_with_slots(self) -> tuple[Plan, list[int]]:
+        """The configuration, and free slots for its workers; it is read again after every wait.
+
+        Raises ``ToppyError``.
+        """
         supervisor = self._supervisor
         while True:
+            plan = self._prepare()
             supervisor.slot_freed.clear()
             free = supervisor.free_slots()
             if len(free) >= plan.workers:
-                return free[: plan.workers]
+                return plan, free[: plan.workers]
             running = sorted(g.number for g in supervisor.generations.values())
             why = (
                 f"{plan.workers} slots are needed and {len(free)} are free: generations "

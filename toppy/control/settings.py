@@ -24,7 +24,11 @@ from toppy.system.certificate_authority import check_pair, issue_self_signed, na
 from toppy.system.files import read_file
 
 SYSTEM_CONFIG = "/etc/toppy/gateway.toml"
+_CREDENTIALS = Path("/run/credentials")
+"""What systemd keeps for a service (LoadCredential=)."""
 _MIN_TOKEN_CHARACTERS = 8
+_HOT = ("auth", "policy", "resolver", "insecure_no_auth")
+"""Sections and keys whose settings are all hot; of ``log`` only the level is."""
 
 _Read = Callable[..., bytes]
 
@@ -45,10 +49,15 @@ class GatewaySettings:
     reset_key: bytes = field(repr=False)
     token_key: bytes = field(repr=False)
 
-    def with_hot(self, other: GatewaySettings, config: GatewayConfig) -> GatewaySettings:
-        """The same with ``config`` and what ``other`` has for those who open tunnels."""
+    def with_hot(self, other: GatewaySettings) -> GatewaySettings:
+        """The same with the ``hot`` settings of ``other``."""
+        hot = {name: getattr(other.config, name) for name in _HOT}
+        hot["log"] = self.config.log.model_copy(update={"level": other.config.log.level})
         return replace(
-            self, config=config, authenticator=other.authenticator, warnings=other.warnings
+            self,
+            config=self.config.model_copy(update=hot),
+            authenticator=other.authenticator,
+            warnings=other.warnings,
         )
 
     def for_trial(self, runtime_dir: Path) -> GatewaySettings:
@@ -109,7 +118,7 @@ def load_settings(
             raise ConfigError(
                 f"{error}; a first certificate and token come from: toppy-gw init {base}", key=key
             ) from None
-        if is_secret and where.stat().st_mode & (stat.S_IRGRP | stat.S_IROTH):
+        if is_secret and _is_open(where):
             warnings.append(f"{key}: {where} can be read by others; run: chmod 600 {where}")
         return data
 
@@ -157,6 +166,14 @@ def runtime_directory(path: Path | None, environ: Mapping[str, str]) -> Path:
 
 def _base_directory(path: Path | None) -> str:
     return str(path.absolute().parent if path is not None else Path.cwd())
+
+
+def _is_open(path: Path) -> bool:
+    """Whether others than its owner may read a file."""
+    # where an access list lets one user in; the mode's group bits are its mask then, acl(5)
+    if _CREDENTIALS in path.parents:
+        return False
+    return bool(path.stat().st_mode & (stat.S_IRGRP | stat.S_IROTH))
 
 
 def _is_missing(path: Path) -> bool:

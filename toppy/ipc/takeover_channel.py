@@ -120,6 +120,8 @@ def take_over(path: str, secret: str) -> tuple[socket.socket, list[int]]:
         while is_more == b"\1":
             is_more, received, _, _ = socket.recv_fds(line, 1, _MOST_DESCRIPTORS)
             descriptors += received
+            for descriptor in received:
+                os.set_inheritable(descriptor, False)
             if not is_more:
                 raise ConnectionResetError("the worker hung up")
     except OSError:

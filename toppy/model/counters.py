@@ -29,7 +29,8 @@ class WorkerCounters:
     tunnels_open: int = 0
     tunnels_total: int = 0
     tunnels_cut: int = 0
-    """Live tunnels ended by the gateway: the policy changed, or an operator said so."""
+    """Live tunnels ended by the gateway: the policy changed, an operator said so, or a drain or a
+    stop had no more time."""
     datagrams_to_target: int = 0
     bytes_to_target: int = 0
     """Payload bytes, without any header; likewise ``bytes_to_client``."""

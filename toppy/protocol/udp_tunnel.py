@@ -86,8 +86,8 @@ class UdpTunnel:
         "_hold_datagrams",
         "_is_client",
         "_parser",
+        "barriers",
         "closed_because",
-        "has_barrier",
         "is_open",
         "is_wrapping_up",
         "unknown_contexts",
@@ -98,8 +98,8 @@ class UdpTunnel:
         self.unknown_contexts = 0
         self.is_wrapping_up = False
         """Client: the gateway intends to end this stream."""
-        self.has_barrier = False
-        """A BARRIER capsule has arrived."""
+        self.barriers = 0
+        """BARRIER capsules that have arrived."""
         self.closed_because: str | None = None
         """Client: the Proxy-Status with which the gateway ends the tunnel."""
         self._is_client = is_client
@@ -141,7 +141,7 @@ class UdpTunnel:
         payloads = []
         for capsule in self._parser.receive(data):
             if capsule.capsule_type == BARRIER:
-                self.has_barrier = True
+                self.barriers += 1
                 continue
             if capsule.capsule_type != DATAGRAM:
                 self._receive_farewell(capsule)

@@ -17,9 +17,11 @@ TUNNEL_CLOSED = 0x1A709941
 the gateway ends an open tunnel. Others skip it (RFC 9297 section 3.2)."""
 MAX_TUNNEL_CLOSED_BYTES = 1024
 BARRIER = 0x1A70996A
-"""Ours, empty, once per tunnel: the gateway sends it back when everything before it has gone to the
-target. A client that moves a tunnel to another connection learns when to go on there without
-overtaking anything."""
+"""Ours, empty: the gateway sends it back when everything before it has gone to the target. A client
+that moves a tunnel to another connection learns from a first one when to go on there without
+overtaking anything, and from a second one that the answers to all that have come."""
+MOST_BARRIERS = 2
+"""A gateway answers so many per tunnel."""
 BARRIER_FIELD = (b"toppy-barrier", b"?1")
 """In a response: this gateway answers BARRIER."""
 _HEADER_BYTES = 16

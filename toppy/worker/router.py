@@ -37,6 +37,7 @@ from toppy.quic.gate import ConnectionGate
 from toppy.quic.h3 import H3_CONNECT_ERROR, H3_EXCESSIVE_LOAD, H3_NO_ERROR, H3_REQUEST_CANCELLED
 from toppy.wire.capsule import (
     BARRIER_FIELD,
+    MOST_BARRIERS,
     encode_barrier,
     encode_tunnel_closed,
     encode_wrap_up,
@@ -396,8 +397,8 @@ class Router:
                 self._drop(DropReason.EARLY_QUEUE_FULL, protocol.hold(payload, len(payload)))
             else:
                 self._send_to_target(tunnel, payload, len(payload), now)
-        if protocol.has_barrier and not tunnel.has_answered_barrier:
-            tunnel.has_answered_barrier = True
+        if tunnel.barriers_answered < min(protocol.barriers, MOST_BARRIERS):
+            tunnel.barriers_answered += 1
             self._unanswered_barriers.append(tunnel)
         if event.ended and tunnel.grant is None:
             self._deny(tunnel, _ENDED_EARLY, now)
@@ -620,6 +621,7 @@ class Router:
         for connection in list(self._peers):
             self._endpoint.close(connection, H3_NO_ERROR, "the gateway is stopping", now)
         for tunnel in list(self._tunnels.values()):
+            self.counters.tunnels_cut += tunnel.grant is not None
             self._forget(tunnel)
 
     # toppy-ping (T-064)

@@ -66,12 +66,12 @@ class Tunnel:
 
     __slots__ = (
         "asked_at",
+        "barriers_answered",
         "capsules_only",
         "connection",
         "datagrams_to_client",
         "datagrams_to_target",
         "grant",
-        "has_answered_barrier",
         "last_active",
         "opened_at",
         "overflow",
@@ -102,7 +102,7 @@ class Tunnel:
         self.target: TargetSocket | None = None
         self.capsules_only = False
         self.overflow = 0
-        self.has_answered_barrier = False
+        self.barriers_answered = 0
         self.datagrams_to_target = 0
         self.datagrams_to_client = 0
 
