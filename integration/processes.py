@@ -163,9 +163,13 @@ class Gateway:
 
     def status(self) -> dict[str, Any]:
         """What ``toppy-gw status --json`` says, asked directly."""
+        return self.ask("GET", "/status")
+
+    def ask(self, method: str, path: str) -> dict[str, Any]:
+        """What the admin socket answers."""
         transport = httpx.HTTPTransport(uds=str(self.directory / "run" / "admin.sock"))
-        with httpx.Client(transport=transport, trust_env=False) as client:
-            facts: dict[str, Any] = client.get("http://toppy-gw/status").json()
+        with httpx.Client(transport=transport, timeout=60, trust_env=False) as client:
+            facts: dict[str, Any] = client.request(method, f"http://toppy-gw{path}").json()
             return facts
 
 
@@ -179,6 +183,7 @@ def write_gateway_config(
     engine: str = "auto",
     rules: str | None = None,
     extra: str = "",
+    is_steered: bool = True,
 ) -> None:
     """``gateway.toml`` over the files that ``toppy-gw init`` wrote. ``rules`` is TOML; without it
     UDP to this host's loopback addresses is allowed. ``extra`` is TOML too.
@@ -198,6 +203,7 @@ runtime_dir = "run"
 [listen]
 quic = ["{listen}"]
 health = "127.0.0.1:{health_port}"
+steering = {str(is_steered).lower()}
 [tls]
 certificate = "server.pem"
 private_key = "server-key.pem"
@@ -220,7 +226,9 @@ def running_gateway(
     engine: str = "auto",
     rules: str | None = None,
     extra: str = "",
+    is_steered: bool = True,
     environ: dict[str, str] | None = None,
+    program: Path = BIN / "toppy-gw",
 ) -> Iterator[Gateway]:
     """A gateway that serves, and is stopped at the end."""
     port, health_port = free_udp_port(host), free_tcp_port()
@@ -235,9 +243,10 @@ def running_gateway(
         engine=engine,
         rules=rules,
         extra=extra,
+        is_steered=is_steered,
     )
     running = start(
-        [BIN / "toppy-gw", "run", "--config", directory / "gateway.toml"],
+        [program, "run", "--config", directory / "gateway.toml"],
         directory / "gateway.log",
         environ,
     )
