@@ -8,12 +8,12 @@ DEV := .dev
 SOURCES := pyproject.toml $(wildcard toppy/quic/native/Cargo.* toppy/quic/native/src/*.rs)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo run doctor test check lint format types layers rust-check bench docs clean
+.PHONY: help venv demo run doctor compose-up compose-down test check lint format types layers rust-check bench docs wheel install uninstall clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-install: $(VENV)/.installed ## Make the virtual environment and install toppy with its tools
+venv: $(VENV)/.installed ## Make the virtual environment and install toppy with its tools
 
 $(VENV)/.installed: $(SOURCES)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -24,33 +24,39 @@ $(VENV)/.installed: $(SOURCES)
 	  print("native engine: built" if has_native_engine() else "NOTE: " + SLOW_ENGINE_NOTICE)'
 	@touch $@
 
-demo: install ## Start a gateway and a client, put real applications through them, say what happened
+demo: venv ## Start a gateway and a client, put real applications through them, say what happened
 	@$(BIN)/python -m integration.demo
 
-run: install ## Run a development gateway in the foreground (configuration in .dev/)
+run: venv ## Run a development gateway in the foreground (configuration in .dev/)
 	@test -f $(DEV)/gateway.toml || $(BIN)/toppy-gw init $(DEV) --listen 127.0.0.1:4433 --health 127.0.0.1:8080
 	$(BIN)/toppy-gw run --config $(DEV)/gateway.toml
 
-doctor: install ## Check the way to the gateway of `make run`
-	$(BIN)/toppy doctor --config $(DEV)/client.toml
+doctor: venv ## Check the way to the gateway of `make compose-up`, or else of `make run`
+	$(BIN)/toppy doctor --config $(firstword $(wildcard $(DEV)/compose/client.toml) $(DEV)/client.toml)
 
-test: install ## Run the whole test suite
+compose-up: ## Start gateway, UDP echo and client in containers, and wait until they are healthy
+	docker/compose.sh up
+
+compose-down: ## End them, and remove what they made
+	docker/compose.sh down
+
+test: venv ## Run the whole test suite
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 check: test lint types layers rust-check ## What CI runs: tests, lint, types, layers, Rust
 
-lint: install ## Style
+lint: venv ## Style
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-format: install ## Mend what lint can mend
+format: venv ## Mend what lint can mend
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-types: install ## Types
+types: venv ## Types
 	$(BIN)/mypy
 
-layers: install ## Which module may import which
+layers: venv ## Which module may import which
 	$(BIN)/lint-imports
 
 rust-check: ## The binding's own tests and lints, where there is Rust
@@ -58,12 +64,23 @@ rust-check: ## The binding's own tests and lints, where there is Rust
 	  cd toppy/quic/native && cargo fmt --check && cargo clippy --quiet --release --all-features --all-targets -- -D warnings && cargo test --quiet --release; \
 	else echo "rust-check: no cargo here, the native engine is not built or tested"; fi
 
-bench: install ## Measure: app -> client -> gateway -> target, both engines
+bench: venv ## Measure: app -> client -> gateway -> target, both engines
 	$(BIN)/python -m integration.bench
 
-docs: install ## Write the generated pages of docs/
+docs: venv ## Write the generated pages of docs/
 	$(BIN)/python -m toppy.config.reference > docs/configuration.md
 
+wheel: venv ## Make a wheel in dist/, for `make install PACKAGE=dist/…whl`
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist \
+	  --config-settings=--build-option=--py-limited-api=cp311 .
+
+# PREFIX=, DESTDIR= and the others reach the script as make hands them on; it says what they mean
+install: ## Install for the whole system, as a service (root; docs/systemd.md)
+	@systemd/install.sh install
+
+uninstall: ## Remove what `make install` put there; /etc/toppy stays
+	@systemd/install.sh uninstall
+
 clean: ## Remove what the other commands made
-	rm -rf .venv .venv-* $(DEV) .toppy-demo build *.egg-info toppy/quic/*.so toppy/quic/native/target \
+	rm -rf .venv .venv-* $(DEV) .toppy-demo build dist *.egg-info toppy/quic/*.so toppy/quic/native/target \
 	  .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
