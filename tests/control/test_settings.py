@@ -107,9 +107,8 @@ def hot_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
         kind = field.annotation
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             yield from hot_keys(kind, f"{prefix}{name}.")
-        elif isinstance(field.json_schema_extra, dict):
-            if field.json_schema_extra.get("applies") == "hot":
-                yield f"{prefix}{name}"
+        elif field.json_schema_extra == {"applies": "hot"}:
+            yield f"{prefix}{name}"
 
 
 def test_every_hot_setting_is_taken_over_by_a_push_of_the_policy(tmp_path: Path) -> None:

@@ -175,7 +175,7 @@ def test_every_packet_reaches_its_worker_once_and_in_order(slots: list[int], las
         workers[0].sort(*packets)
         for other in workers[1:]:
             other.take_in()
-        where = slots[:-1] + [slots[-1] if last >= 11 else 0]
+        where = [*slots[:-1], slots[-1] if last >= 11 else 0]
         for slot, worker in enumerate(workers):
             wanted = [p for p, at in zip(packets, where, strict=True) if at == slot or not slot]
             if slot == 0:  # a slot without a worker, and what names none
