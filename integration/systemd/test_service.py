@@ -181,7 +181,7 @@ def test_stop_leaves_nothing(service: Service) -> None:
 def test_workers_of_a_control_plane_that_had_to_be_killed_are_ended(service: Service) -> None:
     # a main process and another one, both deaf to SIGTERM
     deaf = 'trap "" TERM; sleep 300 & while :; do sleep 1; done'
-    text = f"[Service]\nType=exec\nTimeoutStopSec=1s\nExecStart=\nExecStart=/bin/sh -c '{deaf}'\n"
+    text = f"[Service]\nType=exec\nTimeoutStopSec=3s\nExecStart=\nExecStart=/bin/sh -c '{deaf}'\n"
     machine = service.machine
     with service.dropin(text):
         machine.do("systemctl", "start", UNIT)
