@@ -31,8 +31,8 @@ HOLD_DATAGRAMS = 256
 """Payloads that wait per tunnel until the gateway has answered, or is back."""
 HOLD_BYTES = 1 << 20
 MOVE_HOLD_DATAGRAMS = 16_384
-"""Payloads that wait per tunnel while it moves: 20,000 a second for most of a second; as many of the
-smallest as the engine's queue takes."""
+"""Payloads that wait per tunnel while it moves: 20,000 a second for most of a second; as many of
+the smallest as the engine's queue takes."""
 MOVE_HOLD_BYTES = 16 << 20
 MOVE_HOLD_LEAST_S = 0.005
 MOVE_HOLD_MOST_S = 1.0
