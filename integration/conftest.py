@@ -37,6 +37,12 @@ class Peer:
     port: int
 
 
+@pytest.fixture
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """For a gateway; short: unix socket paths are limited to 107 bytes."""
+    return tmp_path_factory.mktemp("gw")
+
+
 def _echo(directory: Path, host: str) -> Iterator[Peer]:
     port = free_udp_port(host)
     running = start_peer("echo", port, directory, host=host)

@@ -3,19 +3,35 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 
-from integration.conftest import Peer
+from integration.conftest import ENGINES, Peer
+from integration.load import LoadReport, RunningLoad, running_load
 from integration.masque_client import EngineClient, connected_engine, open_tunnel
-from integration.processes import Gateway, run_command, wait_until
+from integration.processes import (
+    Gateway,
+    Running,
+    run_command,
+    running_udp_client,
+    wait_until,
+)
 
-LOAD_RATES = {"native": 20_000.0, "aioquic": 1_500.0}
+BEST_ENGINE = ENGINES[0]
+SLOW_RATE = 1_500.0
+LOAD_RATES = {"native": 20_000.0, "aioquic": SLOW_RATE}
 """Datagrams per second that an engine echoes on two cores, whatever else happens."""
+
+loads_the_machine = pytest.mark.xdist_group("load")
+"""Of tests that need both cores: one after the other."""
 
 
 def try_operation(gateway: Gateway, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -94,3 +110,36 @@ async def echo_on_new_connection(gateway: Gateway, echo: Peer) -> int:
 def runtime_files(gateway: Gateway) -> list[str]:
     """What is in its runtime directory."""
     return sorted(path.name for path in Path(gateway.directory / "run").iterdir())
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A gateway under load: ``toppy udp`` relays numbered datagrams through it and back."""
+
+    gateway: Gateway
+    client: Running
+    load: RunningLoad
+
+    def assert_whole(self) -> LoadReport:
+        """End the load: everything came back, once and in order; otherwise who knows what of it."""
+        report = self.load.stop()
+        if not report.is_whole:
+            self.client.stop()
+            raise AssertionError(
+                f"{report}\ngateway: {self.gateway.status()['drops']}, socket overflow "
+                f"{self.gateway.metric('toppy_gw_socket_overflow_total')}\n"
+                f"client: {self.client.output()[-1000:]}"
+            )
+        return report
+
+
+@contextlib.contextmanager
+def under_load(
+    gateway: Gateway, echo: Peer, *, rate: float = 0.0, engine: str = BEST_ENGINE
+) -> Iterator[Loaded]:
+    """``rate`` datagrams/s, or what the engine is good for."""
+    with (
+        running_udp_client(gateway, f"{echo.host}:{echo.port}", engine=engine) as (port, client),
+        running_load(port, rate or LOAD_RATES[engine]) as load,
+    ):
+        yield Loaded(gateway, client, load)

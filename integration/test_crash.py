@@ -19,17 +19,19 @@ from typing import Any
 import pytest
 
 from integration.conftest import ENGINES, Peer, wait_for_metric
-from integration.load import RunningLoad, running_load
+from integration.load import RunningLoad
 from integration.masque_client import ask, connected, connected_engine, open_tunnel, run
 from integration.operation import (
-    LOAD_RATES,
+    SLOW_RATE,
     echo_on_new_connection,
     gateway_log,
     generations,
     is_gone,
+    loads_the_machine,
     operate,
     operate_meanwhile,
     try_operation,
+    under_load,
     wait_for_generations,
     worker_pids,
 )
@@ -38,19 +40,9 @@ from integration.processes import (
     Gateway,
     Running,
     running_gateway,
-    running_udp_client,
     start,
     wait_until,
 )
-
-BEST = ENGINES[0]
-pytestmark = pytest.mark.xdist_group("load")
-
-
-@pytest.fixture
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Short: unix socket paths are limited to 107 bytes."""
-    return tmp_path_factory.mktemp("gw")
 
 
 def record(directory: Path, what: str, **figures: Any) -> None:
@@ -123,22 +115,22 @@ def workers_that_run(gateway: Gateway) -> set[int]:
 # workers
 
 
+@loads_the_machine
 @pytest.mark.parametrize("engine", ENGINES)
 def test_the_client_relays_again_soon_after_its_worker_was_killed(
     directory: Path, echo: Peer, engine: str
 ) -> None:
     with (
         running_gateway(directory, workers=2, engine=engine) as gateway,
-        running_udp_client(gateway, f"{echo.host}:{echo.port}", engine=engine) as (port, _),
-        running_load(port, LOAD_RATES[engine]) as load,
+        under_load(gateway, echo, engine=engine) as loaded,
     ):
         for deaths in (1, 2):
             (tunnel,) = gateway.ask("GET", "/tunnels")["tunnels"]
             name = tunnel["name"].partition("g")[0]
             before = worker_pids(gateway)
-            load.report()
+            loaded.load.report()
             kill(before[name])
-            gap_ms = wait_for_echoes(load, 1000)
+            gap_ms = wait_for_echoes(loaded.load, 1000)
             wait_until("another worker", lambda: len(worker_pids(gateway)) == 2)
             after = worker_pids(gateway)
             assert [slot for slot in after if after[slot] != before[slot]] == [name]
@@ -155,7 +147,7 @@ def test_the_client_relays_again_soon_after_its_worker_was_killed(
                 gap_ms=gap_ms,
                 respawned_after_ms=(respawned - noticed).total_seconds() * 1000,
             )
-        report = load.stop()
+        report = loaded.load.stop()
         record(directory, f"load around them, {engine}", sent=report.sent, lost=report.lost)
         # what was under way when the worker died is lost; what came back came once and in order
         assert report.duplicated == report.reordered == 0
@@ -207,13 +199,13 @@ ORPHANS = "[reload]\norphan_timeout_s = 40\n"
 """A test that fails leaves nothing running for long."""
 
 
+@loads_the_machine
 def test_nothing_is_lost_when_the_control_plane_is_killed_and_another_adopts_its_workers(
     directory: Path, echo: Peer, adopt: Adopt
 ) -> None:
     with (
         running_gateway(directory, workers=2, extra=ORPHANS) as gateway,
-        running_udp_client(gateway, f"{echo.host}:{echo.port}") as (port, _),
-        running_load(port, LOAD_RATES[BEST]) as load,
+        under_load(gateway, echo) as loaded,
     ):
         workers, since = worker_pids(gateway), gateway.status()["since"]
 
@@ -229,7 +221,7 @@ def test_nothing_is_lost_when_the_control_plane_is_killed_and_another_adopts_its
                 waiting = [ask(each, echo.host, echo.port) for each in (client, other)]
                 async with connected_engine(gateway) as newcomer:
                     waiting.append(ask(newcomer, echo.host, echo.port))
-                    await asyncio.to_thread(wait_for_echoes, load, 1000)
+                    await asyncio.to_thread(wait_for_echoes, loaded.load, 1000)
                     asked = await asyncio.to_thread(try_operation, gateway, "status")
                     assert asked.returncode == 1
                     assert "no gateway answers" in asked.stderr
@@ -252,9 +244,8 @@ def test_nothing_is_lost_when_the_control_plane_is_killed_and_another_adopts_its
         assert operate(gateway, "reload")["generation"] == 2
         assert run(echo_on_new_connection(gateway, echo)) == 2
         wait_for_generations(gateway, {2: "active"})
-        report = load.stop()
+        report = loaded.assert_whole()
         record(directory, "kill -9 of the control plane", gap_ms=report.gap_ms)
-        assert report.is_whole, report
         wait_for_metric(gateway, report.sent, "datagrams_total", direction="to_target")
         assert workers_that_run(gateway) == set(worker_pids(gateway).values())
         gateway.running.stop()
@@ -283,39 +274,39 @@ def test_a_generation_that_drains_is_adopted_too(directory: Path, echo: Peer, ad
         assert gateway.status()["worker_deaths"] == 0
 
 
+@loads_the_machine
 def test_a_worker_that_dies_without_a_control_plane_is_replaced_by_the_next_one(
     directory: Path, echo: Peer, adopt: Adopt
 ) -> None:
     with (
         running_gateway(directory, workers=2, extra=ORPHANS) as gateway,
-        running_udp_client(gateway, f"{echo.host}:{echo.port}") as (port, _),
-        running_load(port, LOAD_RATES["aioquic"]) as load,
+        under_load(gateway, echo, rate=SLOW_RATE) as loaded,
     ):
         before = worker_pids(gateway)
         (tunnel,) = gateway.ask("GET", "/tunnels")["tunnels"]
         name = tunnel["name"].partition("g")[0]
         kill_control_plane(gateway)
-        load.report()
+        loaded.load.report()
         kill(before[name])
         adopt(gateway)
-        gap_ms = wait_for_echoes(load, 1000)
+        gap_ms = wait_for_echoes(loaded.load, 1000)
         record(directory, "kill -9 of the control plane, then of a worker", gap_ms=gap_ms)
         wait_until("two workers", lambda: len(worker_pids(gateway)) == 2)
         after = worker_pids(gateway)
         assert [slot for slot in after if after[slot] != before[slot]] == [name]
-        report = load.stop()
+        report = loaded.load.stop()
         assert report.duplicated == report.reordered == 0
         assert workers_that_run(gateway) == set(worker_pids(gateway).values())
 
 
+@loads_the_machine
 @pytest.mark.parametrize("event", ["worker started", "worker serves", "generation serves"])
 def test_a_control_plane_that_is_killed_during_a_reload_leaves_no_stray_worker(
     directory: Path, echo: Peer, adopt: Adopt, event: str
 ) -> None:
     with (
         running_gateway(directory, workers=2, extra=ORPHANS) as gateway,
-        running_udp_client(gateway, f"{echo.host}:{echo.port}") as (port, _),
-        running_load(port, LOAD_RATES[BEST]) as load,
+        under_load(gateway, echo) as loaded,
     ):
         reloading = subprocess.Popen(
             [BIN / "toppy-gw", "reload", "--config", directory / "gateway.toml"],
@@ -338,16 +329,15 @@ def test_a_control_plane_that_is_killed_during_a_reload_leaves_no_stray_worker(
         assert operate(gateway, "reload")["generation"] > active
         newest = gateway.status()["generation"]
         wait_for_generations(gateway, {newest: "active"})
-        report = load.stop()
-        assert report.is_whole, report
+        loaded.assert_whole()
         assert workers_that_run(gateway) == set(worker_pids(gateway).values())
 
 
+@loads_the_machine
 def test_a_control_plane_that_stands_still_stops_no_datagram(directory: Path, echo: Peer) -> None:
     with (
         running_gateway(directory, workers=2) as gateway,
-        running_udp_client(gateway, f"{echo.host}:{echo.port}") as (port, _),
-        running_load(port, LOAD_RATES[BEST]) as load,
+        under_load(gateway, echo) as loaded,
     ):
 
         async def scenario() -> None:
@@ -355,13 +345,12 @@ def test_a_control_plane_that_stands_still_stops_no_datagram(directory: Path, ec
             try:
                 async with connected_engine(gateway) as client:
                     waiting = ask(client, echo.host, echo.port)
-                    await asyncio.to_thread(wait_for_echoes, load, 5000)
+                    await asyncio.to_thread(wait_for_echoes, loaded.load, 5000)
                     os.kill(gateway.running.pid, signal.SIGCONT)
                     assert (await waiting.answer()).status == 200
             finally:
                 os.kill(gateway.running.pid, signal.SIGCONT)
 
         run(scenario())
-        report = load.stop()
-        assert report.is_whole, report
+        loaded.assert_whole()
         assert gateway.status()["worker_deaths"] == 0

@@ -42,15 +42,8 @@ from integration.processes import (
     wait_until,
 )
 
-pytestmark = pytest.mark.xdist_group("load")
 TUNNELS = 100
 PER_CONNECTION = 25
-
-
-@pytest.fixture
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Short: unix socket paths are limited to 107 bytes."""
-    return tmp_path_factory.mktemp("gw")
 
 
 class LocalPeers:

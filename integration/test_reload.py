@@ -17,16 +17,19 @@ from integration.conftest import ENGINES, Peer
 from integration.load import running_load
 from integration.masque_client import connected, connected_engine, open_tunnel, run
 from integration.operation import (
-    LOAD_RATES,
+    BEST_ENGINE,
+    SLOW_RATE,
     change_config,
     echo_on_new_connection,
     gateway_log,
     generation_of,
     generations,
+    loads_the_machine,
     operate,
     operate_meanwhile,
     runtime_files,
     try_operation,
+    under_load,
     wait_for_generations,
     worker_pids,
 )
@@ -39,25 +42,17 @@ from integration.processes import (
     wait_until,
 )
 
-BEST = ENGINES[0]
-pytestmark = pytest.mark.xdist_group("load")
 MANY_GENERATIONS = "[reload]\ngenerations = 8\n"
 
 
-@pytest.fixture
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Short: unix socket paths are limited to 107 bytes."""
-    return tmp_path_factory.mktemp("gw")
-
-
+@loads_the_machine
 @pytest.mark.parametrize("engine", ENGINES)
 def test_five_reloads_back_to_back_lose_duplicate_and_reorder_nothing(
     directory: Path, echo: Peer, engine: str
 ) -> None:
     with (
         running_gateway(directory, workers=2, engine=engine, extra=MANY_GENERATIONS) as gateway,
-        running_udp_client(gateway, f"{echo.host}:{echo.port}", engine=engine) as (port, _),
-        running_load(port, LOAD_RATES[engine]) as load,
+        under_load(gateway, echo, engine=engine) as loaded,
     ):
         for generation in range(2, 7):
             assert operate(gateway, "reload")["generation"] == generation
@@ -66,20 +61,19 @@ def test_five_reloads_back_to_back_lose_duplicate_and_reorder_nothing(
         wait_for_generations(gateway, {6: "active"})
         (tunnel,) = operate(gateway, "tunnels")["tunnels"]
         assert "g6c" in tunnel["name"]
-        report = load.stop()
-        assert report.is_whole, report
+        loaded.assert_whole()
         assert gateway.status()["drops"] == {}
         assert gateway.status()["worker_deaths"] == 0
 
 
+@loads_the_machine
 def test_a_reload_may_change_engine_and_number_of_workers_under_load(
     directory: Path, echo: Peer
 ) -> None:
-    engines = (BEST, ENGINES[-1], BEST)
+    engines = (BEST_ENGINE, ENGINES[-1], BEST_ENGINE)
     with (
-        running_gateway(directory, workers=1, engine=BEST) as gateway,
-        running_udp_client(gateway, f"{echo.host}:{echo.port}") as (port, _),
-        running_load(port, LOAD_RATES["aioquic"]) as load,
+        running_gateway(directory, workers=1, engine=BEST_ENGINE) as gateway,
+        under_load(gateway, echo, rate=SLOW_RATE) as loaded,
     ):
         for before, (generation, workers) in zip(engines, ((2, 3), (3, 2)), strict=False):
             engine = engines[generation - 1]
@@ -90,15 +84,14 @@ def test_a_reload_may_change_engine_and_number_of_workers_under_load(
             newest = [w for w in gateway.status()["workers"] if w["generation"] == generation]
             assert [w["engine"] for w in newest] == [engine] * workers
         wait_for_generations(gateway, {3: "active"})
-        report = load.stop()
-        assert report.is_whole, report
+        loaded.assert_whole()
 
 
+@loads_the_machine
 def test_a_broken_configuration_changes_nothing(directory: Path, echo: Peer) -> None:
     with (
         running_gateway(directory, workers=2) as gateway,
-        running_udp_client(gateway, f"{echo.host}:{echo.port}") as (port, _),
-        running_load(port, LOAD_RATES[BEST]) as load,
+        under_load(gateway, echo) as loaded,
     ):
         before, workers = gateway.status(), worker_pids(gateway)
         good = (directory / "gateway.toml").read_text()
@@ -109,14 +102,15 @@ def test_a_broken_configuration_changes_nothing(directory: Path, echo: Peer) -> 
             ('token_file = "token"', 'token_file = "no-token"', "auth.token_file"),
         ):
             change_config(gateway, old, new)
-            for arguments in (["reload"], ["reload", "--policy-only"]):
-                refused = try_operation(gateway, *arguments)
-                assert refused.returncode == 1
-                assert reason in refused.stderr
-                assert "Traceback" not in refused.stderr
-                assert reason in gateway.status()["last_reload"]["message"]
+            refused = try_operation(gateway, "reload")
+            assert refused.returncode == 1
+            assert reason in refused.stderr
+            assert "Traceback" not in refused.stderr
+            assert reason in gateway.status()["last_reload"]["message"]
             (directory / "gateway.toml").write_text(good)
         change_config(gateway, "workers = 2", "wrokers = 2")
+        refused = try_operation(gateway, "reload", "--policy-only")
+        assert (refused.returncode, "did you mean workers" in refused.stderr) == (1, True)
         failed_at = gateway.status()["last_reload"]["at"]
         os.kill(gateway.running.pid, signal.SIGHUP)
         wait_until("the refusal", lambda: gateway.status()["last_reload"]["at"] > failed_at)
@@ -126,14 +120,14 @@ def test_a_broken_configuration_changes_nothing(directory: Path, echo: Peer) -> 
         for unchanged in ("pid", "generation", "revision", "generations", "worker_deaths"):
             assert after[unchanged] == before[unchanged]
         assert gateway.healthz().status_code == 200
-        report = load.stop()
-        assert report.is_whole, report
+        loaded.assert_whole()
         # and it can be mended
         (directory / "gateway.toml").write_text(good)
         assert operate(gateway, "reload")["generation"] == 2
         assert gateway.status()["last_reload"]["ok"]
 
 
+@loads_the_machine
 def test_a_new_policy_ends_the_tunnels_that_it_denies_and_says_why(
     directory: Path, echo: Peer, tmp_path: Path
 ) -> None:
@@ -143,8 +137,7 @@ def test_a_new_policy_ends_the_tunnels_that_it_denies_and_says_why(
         with (
             running_gateway(directory, workers=2) as gateway,
             running_udp_client(gateway, f"127.0.0.1:{other_port}", name="denied") as (way, denied),
-            running_udp_client(gateway, f"{echo.host}:{echo.port}") as (port, _),
-            running_load(port, LOAD_RATES[BEST]) as load,
+            under_load(gateway, echo) as loaded,
             running_load(way, 200) as denied_load,
         ):
             workers = worker_pids(gateway)
@@ -179,8 +172,7 @@ def test_a_new_policy_ends_the_tunnels_that_it_denies_and_says_why(
                 lambda: gateway.metric("toppy_gw_tunnels_cut_total") == 2,
             )
             assert not denied_load.report().is_whole
-            report = load.stop()
-            assert report.is_whole, report
+            loaded.assert_whole()
     finally:
         other.stop()
 

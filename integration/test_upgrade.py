@@ -15,27 +15,18 @@ import pytest
 
 import toppy
 from integration.conftest import ENGINES, Peer, wait_for_metric
-from integration.load import running_load
 from integration.masque_client import connected, open_tunnel, run
 from integration.operation import (
-    LOAD_RATES,
     echo_on_new_connection,
+    loads_the_machine,
     operate,
     operate_meanwhile,
     try_operation,
+    under_load,
     wait_for_generations,
     worker_pids,
 )
-from integration.processes import Gateway, running_gateway, running_udp_client
-
-BEST = ENGINES[0]
-pytestmark = pytest.mark.xdist_group("load")
-
-
-@pytest.fixture
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Short: unix socket paths are limited to 107 bytes."""
-    return tmp_path_factory.mktemp("gw")
+from integration.processes import Gateway, running_gateway
 
 
 def trials() -> set[Path]:
@@ -55,6 +46,7 @@ def assert_upgraded(gateway: Gateway, before: dict[str, int], generation: int) -
     }
 
 
+@loads_the_machine
 @pytest.mark.parametrize("engine", ENGINES)
 def test_an_upgrade_loses_duplicates_and_reorders_nothing(
     directory: Path, echo: Peer, engine: str
@@ -62,16 +54,14 @@ def test_an_upgrade_loses_duplicates_and_reorders_nothing(
     left_before = trials()
     with (
         running_gateway(directory, workers=2, engine=engine) as gateway,
-        running_udp_client(gateway, f"{echo.host}:{echo.port}", engine=engine) as (port, _),
-        running_load(port, LOAD_RATES[engine]) as load,
+        under_load(gateway, echo, engine=engine) as loaded,
     ):
         before = gateway.status()
         for generation in (2, 3):
             assert_upgraded(gateway, worker_pids(gateway), generation)
             assert run(echo_on_new_connection(gateway, echo)) == generation
         wait_for_generations(gateway, {3: "active"})
-        report = load.stop()
-        assert report.is_whole, report
+        report = loaded.assert_whole()
         after = gateway.status()
         assert after["since"] == before["since"]
         assert after["worker_deaths"] == 0
@@ -133,6 +123,7 @@ BREAKS = {
 }
 
 
+@loads_the_machine
 @pytest.mark.parametrize("broken", BREAKS)
 def test_an_upgrade_to_broken_code_fails_and_changes_nothing(
     directory: Path, own_code: Path, echo: Peer, broken: str
@@ -141,8 +132,7 @@ def test_an_upgrade_to_broken_code_fails_and_changes_nothing(
     left_before = trials()
     with (
         running_gateway(directory, workers=2, program=program) as gateway,
-        running_udp_client(gateway, f"{echo.host}:{echo.port}") as (port, _),
-        running_load(port, LOAD_RATES[BEST]) as load,
+        under_load(gateway, echo) as loaded,
     ):
         before, workers = gateway.status(), worker_pids(gateway)
         name, said = BREAKS[broken]
@@ -160,6 +150,5 @@ def test_an_upgrade_to_broken_code_fails_and_changes_nothing(
         # mended, it succeeds
         module.write_text(text)
         assert_upgraded(gateway, workers, 2)
-        report = load.stop()
-        assert report.is_whole, report
+        loaded.assert_whole()
     assert trials() <= left_before
