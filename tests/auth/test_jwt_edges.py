@@ -77,7 +77,7 @@ class TestKeys:
         "secret",
         [
             "s" * 15,
-            public_pem(RSA_KEY).decode(),
+            pytest.param(public_pem(RSA_KEY).decode(), id="public key"),
             "-----BEGIN CERTIFICATE-----\nMIIB\n-----END CERTIFICATE-----",
             "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIPlaceholder",
         ],

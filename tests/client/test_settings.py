@@ -71,7 +71,9 @@ def test_a_ca_file_that_is_missing_is_named(tmp_path: Path) -> None:
     assert refused.value.key == "ca_cert_path"
 
 
-@pytest.mark.parametrize("content", [b"", b"garbage", certificates().key_pem])
+@pytest.mark.parametrize(
+    "content", [b"", b"garbage", pytest.param(certificates().key_pem, id="private key")]
+)
 def test_a_ca_file_without_a_certificate_is_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "ca.pem").write_bytes(content)
     path = write(tmp_path, BASE + 'ca_cert_path = "ca.pem"\n')

@@ -48,7 +48,7 @@ class TestSettings:
         [
             ("alpn_protocols", ()),
             ("certificate_chain_pem", b"nothing"),
-            ("private_key_pem", other_key_pem()),
+            pytest.param("private_key_pem", other_key_pem(), id="private_key_pem-of another"),
             ("idle_timeout_s", 0.0),
             ("idle_timeout_s", float("nan")),
             ("keep_alive_s", -1.0),
