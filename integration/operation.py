@@ -130,6 +130,7 @@ class Loaded:
                 f"{self.gateway.metric('toppy_gw_socket_overflow_total')}\n"
                 f"client: {self.client.output()[-1000:]}"
             )
+        print(report)
         return report
 
 

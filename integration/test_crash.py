@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
@@ -354,3 +355,11 @@ def test_a_control_plane_that_stands_still_stops_no_datagram(directory: Path, ec
         run(scenario())
         loaded.assert_whole()
         assert gateway.status()["worker_deaths"] == 0
+
+
+def test_workers_that_no_control_plane_can_find_end(directory: Path) -> None:
+    with running_gateway(directory, workers=2, extra=ORPHANS) as gateway:
+        workers = set(worker_pids(gateway).values())
+        kill_control_plane(gateway)
+        shutil.rmtree(directory / "run")
+        wait_until("the workers' end", lambda: all(map(is_gone, workers)))

@@ -221,6 +221,7 @@ def test_gateway_and_target_may_speak_ipv6(
                     await tunnel.echo(pattern(size))
 
     with running_gateway(tmp_path_factory.mktemp("gw6"), host="::1", engine=engine) as gateway:
+        assert gateway.status()["listen"] == [f"[::1]:{gateway.port}"]
         run(scenario(gateway))
 
 

@@ -45,6 +45,7 @@ from toppy.control.upgrade import become_new_code, try_new_code
 from toppy.errors import ConfigError, ResourceLimitError, ToppyError
 from toppy.ipc.control_channel import ControlServer
 from toppy.model.counters import WorkerCounters
+from toppy.model.target import Target
 from toppy.net.resolver import Resolver
 from toppy.observe.log import configure_logging, get_logger
 from toppy.observe.metrics import WorkerSnapshot, render_metrics
@@ -265,7 +266,7 @@ class ControlPlane:
 
     def _announce(self) -> None:
         config = self._settings.config
-        addresses = [f"{host}:{port}" for host, port in self._listeners.addresses]
+        addresses = [str(Target(host, port)) for host, port in self._listeners.addresses]
         _log.info(
             "gateway serves",
             version=__version__,
@@ -573,7 +574,7 @@ class ControlPlane:
             "since": self._started_at,
             "configuration": self._settings.source,
             "revision": self._revision,
-            "listen": [f"{host}:{port}" for host, port in self._listeners.addresses],
+            "listen": [str(Target(host, port)) for host, port in self._listeners.addresses],
             "health": self._settings.config.listen.health,
             "steered": self._listeners.is_steered,
             "rollout": self._rollouts.state.value,

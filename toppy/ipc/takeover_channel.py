@@ -48,6 +48,11 @@ class TakeoverListener:
         self._listener.setblocking(False)
         self._task = self._loop.create_task(self._serve())
 
+    @property
+    def can_be_found(self) -> bool:
+        """Whether its path is still there: not after the runtime directory was removed."""
+        return Path(self._path).exists()
+
     def close(self) -> None:
         """Be found no more."""
         self._task.cancel()

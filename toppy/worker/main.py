@@ -167,6 +167,8 @@ class Worker:
         self._takeover: TakeoverListener | None = None
         self._drain_deadline: float | None = None
         self._orphaned_at: float | None = None
+        self._is_known = False
+        """The control plane has spoken to it: then the next one will know of it, too."""
 
     def _connect(self) -> None:
         settings = self._settings
@@ -243,7 +245,9 @@ class Worker:
         self._lose_control_plane()
 
     def _lose_control_plane(self) -> None:
-        if self._orphaned_at is None and not self._stopped.is_set():
+        if not self._is_known:
+            self._stopped.set()
+        elif self._orphaned_at is None and not self._stopped.is_set():
             _log.warning(
                 "control plane is gone, worker goes on",
                 slot=self._slot,
@@ -257,6 +261,7 @@ class Worker:
         loop = asyncio.get_running_loop()
         loop.remove_reader(sys.stdin.fileno())
         self._orphaned_at = None
+        self._is_known = True
         self._receiver.cancel()
         self._control.close()
         self._connect()
@@ -266,6 +271,7 @@ class Worker:
 
     def _receive(self, message: ToWorker) -> None:
         now = time.monotonic()
+        self._is_known = True
         match message:
             case Admitted() | TokenAnswer():
                 self._router.receive_answer(message, now)
@@ -327,15 +333,18 @@ class Worker:
                     generation=self._generation,
                 )
                 self._stopped.set()
-            patience_s = self._settings.orphan_timeout_s
-            orphaned_at = self._orphaned_at
-            if patience_s and orphaned_at is not None and now - orphaned_at >= patience_s:
+            if self._orphaned_at is not None and self._is_left_alone(now - self._orphaned_at):
                 _log.error(
                     "no control plane came back, worker stops",
                     slot=self._slot,
                     generation=self._generation,
                 )
                 self._stopped.set()
+
+    def _is_left_alone(self, orphaned_s: float) -> bool:
+        patience_s = self._settings.orphan_timeout_s
+        assert self._takeover is not None
+        return not self._takeover.can_be_found or bool(patience_s and orphaned_s >= patience_s)
 
     def _report(self) -> None:
         settings = self._settings
