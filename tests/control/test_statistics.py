@@ -79,3 +79,16 @@ def test_totals_never_decrease_whatever_dies(steps: list[tuple[int, int | None]]
         after = statistics.total().datagrams_to_target
         assert after >= before
         before = after
+
+
+def test_what_a_worker_last_said_counts_when_it_has_ended_under_the_next_control_plane() -> None:
+    before = Statistics()
+    before.report(0, WorkerCounters(pings=1))
+    before.worker_gone(0)
+    before.report(0, WorkerCounters(pings=10))
+    before.report(1, WorkerCounters(pings=100, tunnels_open=1))
+    after = Statistics(before.past, before.latest)
+    assert after.total().pings == 111
+    after.worker_gone(0)
+    after.report(1, WorkerCounters(pings=200))
+    assert after.total().pings == 211

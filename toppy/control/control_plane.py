@@ -111,7 +111,11 @@ class ControlPlane:
                 process.forget()
                 line.close()
             raise
-        self._statistics = Statistics(saved.past if saved is not None else None)
+        self._statistics = Statistics()
+        if saved is not None:
+            self._statistics = Statistics(saved.past, saved.latest)
+            for slot in saved.latest.keys() - {worker.slot for worker, _, _ in adopted}:
+                self._statistics.worker_gone(slot)
         self._server = ControlServer(
             socket_address(runtime, "control"), socket_address(runtime, "reports")
         )
@@ -536,6 +540,7 @@ class ControlPlane:
             worker_deaths=supervisor.deaths,
             socket_rows=tuple(len(row) for row in self._listeners.descriptors()),
             past=self._statistics.past,
+            latest=self._statistics.latest,
             workers=supervisor.saved_workers(),
             generations=supervisor.saved_generations(),
             is_upgrading=self._is_upgrading,

@@ -62,6 +62,8 @@ class SavedState(msgspec.Struct, frozen=True):
     past: dict[int, WorkerCounters]
     workers: tuple[SavedWorker, ...]
     generations: tuple[SavedGeneration, ...]
+    latest: dict[int, WorkerCounters] = {}
+    """Of running workers: it counts for those that have ended when the next one comes."""
     is_upgrading: bool = False
     """The control plane replaces its own code: a reload follows."""
 

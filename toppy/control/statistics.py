@@ -8,8 +8,12 @@ from toppy.model.counters import WorkerCounters
 class Statistics:
     """The latest counters of every worker, by slot, on top of its predecessors'."""
 
-    def __init__(self, past: dict[int, WorkerCounters] | None = None) -> None:
-        self._latest: dict[int, WorkerCounters] = {}
+    def __init__(
+        self,
+        past: dict[int, WorkerCounters] | None = None,
+        latest: dict[int, WorkerCounters] | None = None,
+    ) -> None:
+        self._latest: dict[int, WorkerCounters] = dict(latest or {})
         self._past: dict[int, WorkerCounters] = dict(past or {})
 
     def report(self, slot: int, counters: WorkerCounters) -> None:
@@ -28,6 +32,11 @@ class Statistics:
     def past(self) -> dict[int, WorkerCounters]:
         """What workers that have ended counted."""
         return dict(self._past)
+
+    @property
+    def latest(self) -> dict[int, WorkerCounters]:
+        """What running workers have last reported."""
+        return dict(self._latest)
 
     def by_slot(self) -> dict[int, WorkerCounters]:
         """Counters since the gateway's start."""

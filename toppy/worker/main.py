@@ -323,8 +323,11 @@ class Worker:
             self._router.tick(now, time.time())
             self._driver.flush_soon()
             self._report()
-            if self._drain_deadline is not None and (
-                self._router.is_drained or now >= self._drain_deadline
+            if (
+                self._drain_deadline is not None
+                and (self._router.is_drained or now >= self._drain_deadline)
+                # without a control plane nobody would hear its last report
+                and self._orphaned_at is None
             ):
                 _log.info(
                     "worker is drained",
