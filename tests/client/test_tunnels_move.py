@@ -6,6 +6,8 @@ import pytest
 
 from tests.client.world import Local, World
 from toppy.client.tunnels import (
+    ANSWERS_MOST_S,
+    ANSWERS_QUIET_S,
     HOLD_DATAGRAMS,
     LINGER_MOST_S,
     LINGER_QUIET_S,
@@ -532,6 +534,75 @@ def test_the_barrier_is_asked_for_once_everything_before_it_is_sent(
     world.gateway.send_body(first.connection, first.stream_id, encode_barrier())
     world.run()
     assert world.arrived == [b"x"]
+
+
+def moved_with_barriers(questions: int) -> tuple[Moving, Local, list[HeadersReceived]]:
+    """A tunnel that has asked so often, has moved, and has both barriers back."""
+    world, local = Moving(0), Local()
+    world.tunnels.add(local.tunnel)
+    world.run()
+    requests = world.requests
+    with_barrier = [*response_headers(200), BARRIER_FIELD]
+    world.gateway.send_headers(requests[0].connection, requests[0].stream_id, with_barrier)
+    world.run()
+    for _ in range(questions):
+        world.tunnels.send(local.tunnel, b"?", 0)
+    world.run()
+    world.gateway.send_goaway(requests[0].connection)
+    world.run()
+    world.connect()
+    world.gateway.send_headers(requests[1].connection, requests[1].stream_id, with_barrier)
+    world.run()
+    barriers = encode_barrier() + encode_barrier()
+    world.gateway.send_body(requests[0].connection, requests[0].stream_id, barriers)
+    return world, local, requests
+
+
+def test_answers_by_the_new_way_wait_for_those_that_the_target_owes() -> None:
+    world, local, (old, new) = moved_with_barriers(questions=2)
+    world.reply(old, b"first")
+    world.reply(new, b"third")
+    world.step()
+    assert local.received == [b"first"]
+    world.reply(old, b"second")
+    world.step()
+    assert local.received == [b"first", b"second", b"third"]
+
+
+def test_a_target_that_owes_nothing_is_not_waited_for() -> None:
+    world, local, (old, new) = moved_with_barriers(questions=1)
+    world.reply(old, b"first")
+    world.step()
+    world.reply(new, b"second")
+    world.step()
+    assert local.received == [b"first", b"second"]
+
+
+def test_a_target_that_never_answers_is_waited_for_until_the_old_way_is_quiet() -> None:
+    world, local, (_, new) = moved_with_barriers(questions=1)
+    world.step()
+    world.reply(new, b"by itself")
+    world.step()
+    assert local.received == []
+    world.now += ANSWERS_QUIET_S
+    world.step()
+    assert local.received == [b"by itself"]
+
+
+def test_a_target_that_never_falls_quiet_is_waited_for_a_moment() -> None:
+    world, local, (old, new) = moved_with_barriers(questions=100)
+    world.step()
+    world.reply(new, b"new")
+    for _ in range(int(ANSWERS_MOST_S / 0.01) - 2):
+        world.now += 0.01
+        world.reply(old, b"old")
+        world.step()
+        assert b"new" not in local.received
+    for _ in range(4):
+        world.now += 0.01
+        world.reply(old, b"old")
+        world.step()
+    assert b"new" in local.received
 
 
 def bodies(world: World) -> bytes:

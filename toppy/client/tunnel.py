@@ -23,6 +23,7 @@ class Leg:
 
     __slots__ = (
         "answers_barrier",
+        "answers_due",
         "awaits_answers",
         "awaits_barrier",
         "connection",
@@ -30,6 +31,8 @@ class Leg:
         "last_heard",
         "left_at",
         "protocol",
+        "received",
+        "sent",
         "stream_id",
         "tunnel",
     )
@@ -44,10 +47,16 @@ class Leg:
         """The gateway says when everything sent here has gone to the target (BARRIER)."""
         self.awaits_answers = False
         """What comes by a newer leg waits for what comes here."""
+        self.answers_due: float | None = None
+        """Until then at most, once the target has been asked for the last time."""
         self.awaits_barrier = False
         """It was asked, and has not answered."""
         self.is_unsent = False
         """The tunnel has left, and what it was given here may not even have been sent."""
+        self.received = 0
+        """Datagrams that came here."""
+        self.sent = 0
+        """Datagrams that went here."""
         self.left_at = 0.0
         """When the tunnel stopped sending here."""
         self.last_heard = 0.0

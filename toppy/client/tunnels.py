@@ -37,6 +37,11 @@ MOVE_HOLD_BYTES = 16 << 20
 MOVE_HOLD_LEAST_S = 0.005
 MOVE_HOLD_MOST_S = 1.0
 """However long the old way takes to empty."""
+ANSWERS_QUIET_S = 0.02
+"""A target that has not given one answer for each question may be about to: so long after the last
+thing that came by the old way, answers by the new one wait for it."""
+ANSWERS_MOST_S = 0.1
+"""However much still comes by the old way."""
 LINGER_QUIET_S = 1.0
 """A leg that was left is ended when nothing arrived for so long: longer than any reply takes."""
 LINGER_MOST_S = 5.0
@@ -185,6 +190,7 @@ class Tunnels:
                 return
             capsules = encode_datagram_capsules(payloads, segment_size)
             self._endpoint.send_body(connection, stream_id, capsules)
+        leg.sent += count
         leg.tunnel.datagrams_to_gateway += count
 
     def handle(self, event: EndpointEvent, now: float) -> None:
@@ -228,8 +234,11 @@ class Tunnels:
             self._drop(DropReason.UNKNOWN_STREAM, count)
             return
         leg.last_heard = now
+        leg.received += count
         leg.tunnel.datagrams_from_gateway += count
         self._deliver(leg, payloads, segment_size)
+        if leg.answers_due is not None and leg.received >= leg.sent:
+            self._hear_all(leg)
 
     def _deliver(self, leg: Leg, payloads: bytes, segment_size: int) -> None:
         tunnel = leg.tunnel
@@ -352,8 +361,19 @@ class Tunnels:
             tunnel.hold_until = now
             self._release(tunnel, now)
 
+    def _await_answers(self, leg: Leg, now: float) -> None:
+        """What the target had said when it was asked last is there; wait for what it says late."""
+        if leg.answers_due is None:
+            return
+        due = min(leg.last_heard + ANSWERS_QUIET_S, leg.answers_due)
+        if leg.received >= leg.sent or now >= due:
+            self._hear_all(leg)
+        else:
+            self._call_at(due, lambda now: self._await_answers(leg, now))
+
     def _hear_all(self, leg: Leg) -> None:
         """The answers that a leg that was left would bring are there, or late."""
+        leg.answers_due = None
         if leg.awaits_answers:
             leg.awaits_answers = False
             if not any(other.awaits_answers for other in leg.tunnel.leaving):
@@ -403,9 +423,11 @@ class Tunnels:
             self._pass_barrier(leg, now)
         if leg.awaits_answers and protocol.barriers >= MOST_BARRIERS:
             # behind the datagrams that came in the same packets
-            self._call_at(now, lambda now: self._hear_all(leg))
+            leg.answers_due = now + ANSWERS_MOST_S
+            self._call_at(now, lambda now: self._await_answers(leg, now))
         self._drop(DropReason.UNKNOWN_CONTEXT, protocol.unknown_contexts - unknown_before)
         for payload in payloads:
+            leg.received += 1
             tunnel.datagrams_from_gateway += 1
             self._deliver(leg, payload, len(payload))
         if protocol.is_wrapping_up:
