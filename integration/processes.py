@@ -186,7 +186,7 @@ def write_gateway_config(
     is_steered: bool = True,
 ) -> None:
     """``gateway.toml`` over the files that ``toppy-gw init`` wrote. ``rules`` is TOML; without it
-    UDP to this host's loopback addresses is allowed. ``extra`` is TOML too.
+    UDP to this host's loopback addresses is allowed. ``extra`` is TOML that begins in ``[quic]``.
     """
     if rules is None:
         rules = """
@@ -259,8 +259,12 @@ def running_gateway(
         running.stop()
 
 
-def write_client_config(gateway: Gateway, path: Path, *, engine: str = "auto") -> Path:
-    """A client configuration that allows any target: the gateway's policy is what is tested."""
+def write_client_config(
+    gateway: Gateway, path: Path, *, engine: str = "auto", extra: str = ""
+) -> Path:
+    """A client configuration that allows any target: the gateway's policy is what is tested.
+    ``extra`` is TOML that begins in the table ``[quic]``.
+    """
     path.write_text(
         f"""
 gateway = "{gateway.host}"
@@ -271,6 +275,7 @@ auth_token = "{gateway.token}"
 mtu = 1350
 [quic]
 engine = "{engine}"
+{extra}
 [policy]
 [[policy.allow]]
 cidr = "0.0.0.0/0"
@@ -294,10 +299,13 @@ def running_udp_client(
     *,
     engine: str = "auto",
     name: str = "client",
+    extra: str = "",
     environ: dict[str, str] | None = None,
 ) -> Iterator[tuple[int, Running]]:
     """``toppy udp`` to ``target``: its local port, and the process."""
-    config = write_client_config(gateway, gateway.directory / f"{name}.toml", engine=engine)
+    config = write_client_config(
+        gateway, gateway.directory / f"{name}.toml", engine=engine, extra=extra
+    )
     port = free_udp_port()
     running = start(
         [
