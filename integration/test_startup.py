@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import jwt
+import psutil
 import pytest
 
 from integration.conftest import Peer
 from integration.masque_client import DEADLINE_S, ask, connected, connected_engine, open_tunnel, run
+from integration.operation import change_config, operate, wait_for_generations
 from integration.processes import (
     BIN,
     Gateway,
@@ -217,3 +219,17 @@ def test_a_secret_file_that_others_can_read_is_a_warning(directory: Path) -> Non
     checked = run_command("toppy-gw", "check-config", "--config", str(directory / "gateway.toml"))
     assert checked.returncode == 0
     assert "chmod 600" in checked.stderr
+
+
+def test_workers_are_pinned_to_cores_in_turn_where_asked(directory: Path) -> None:
+    may_use = psutil.Process().cpu_affinity() or []
+    with running_gateway(directory, workers=2) as gateway:
+        assert cores_of_workers(gateway) == [may_use, may_use]
+        change_config(gateway, "workers = 2", "workers = 2\npin_workers = true")
+        operate(gateway, "reload")
+        wait_for_generations(gateway, {2: "active"})
+        assert cores_of_workers(gateway) == [[may_use[n % len(may_use)]] for n in range(2)]
+
+
+def cores_of_workers(gateway: Gateway) -> list[list[int] | None]:
+    return [psutil.Process(worker["pid"]).cpu_affinity() for worker in gateway.status()["workers"]]

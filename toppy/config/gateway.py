@@ -408,6 +408,12 @@ class GatewayConfig(Section):
     workers: Annotated[int | Literal["auto"], BeforeValidator(_parse_workers)] = setting(
         "auto", "Data-plane processes, 1 to 64; `auto`: one per core.", applies="reload"
     )
+    pin_workers: bool = setting(
+        False,
+        "Keep each worker on one core, in turn, of those that the gateway may use. Helps where they "
+        "are not shared with much else.",
+        applies="reload",
+    )
     runtime_dir: str = setting(
         "/run/toppy-gw", "Unix sockets and the lock; mode 0700. Relative to this file."
     )

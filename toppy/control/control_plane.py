@@ -52,7 +52,7 @@ from toppy.observe.metrics import WorkerSnapshot, render_metrics
 from toppy.policy.ruleset import Ruleset
 from toppy.quic.choose import SLOW_ENGINE_NOTICE, choose_engine
 from toppy.system.descriptors import hand_over, inherited_sockets
-from toppy.system.processes import Process
+from toppy.system.processes import Process, usable_cores
 from toppy.system.service_manager import ServiceManager
 from toppy.wire.connection_id import MAX_SLOTS
 from toppy.wire.ipc_message import WorkerSettings
@@ -289,6 +289,7 @@ class ControlPlane:
         config, runtime = settings.config, settings.runtime_dir
         workers = config.worker_count
         engine = self._engine_of(settings)
+        cores = usable_cores() if config.pin_workers else []
 
         def settings_for(slot: int, generation: int, place: int, secret: str) -> WorkerSettings:
             return WorkerSettings(
@@ -313,6 +314,7 @@ class ControlPlane:
                 orphan_timeout_s=config.reload.orphan_timeout_s,
                 log_level=self._settings.config.log.level,
                 log_format=config.log.format,
+                core=cores[place % len(cores)] if cores else None,
             )
 
         return settings_for

@@ -117,6 +117,18 @@ def spawn(
     return Process(child.pid, start_time(child.pid), stdin)
 
 
+def usable_cores() -> list[int]:
+    """Those that this process may run on; empty where the system does not say."""
+    if not hasattr(os, "sched_getaffinity"):
+        return []
+    return sorted(os.sched_getaffinity(0))
+
+
+def run_on_core(core: int) -> None:
+    """Run this process on one core only. Raises ``OSError`` when it may not."""
+    os.sched_setaffinity(0, {core})
+
+
 def adopt(pid: int, started: int) -> Process | None:
     """A process that runs already; None when it has ended."""
     try:

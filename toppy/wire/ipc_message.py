@@ -61,6 +61,8 @@ class WorkerSettings(msgspec.Struct, frozen=True):
     orphan_timeout_s: float
     log_level: str
     log_format: str
+    core: int | None = None
+    """The only one to run on."""
 
     def __repr__(self) -> str:
         return f"WorkerSettings(slot={self.slot}, generation={self.generation}, …)"

@@ -30,6 +30,7 @@ from toppy.quic.engine import EngineConfig
 from toppy.quic.gate import ConnectionGate, GateLimits
 from toppy.system.descriptors import raise_descriptor_limit
 from toppy.system.process_title import set_process_title
+from toppy.system.processes import run_on_core
 from toppy.wire.connection_id import (
     CONNECTION_ID_BYTES,
     WorkerAddress,
@@ -386,4 +387,9 @@ def main() -> None:
     set_process_title(f"toppy-gw: worker {settings.slot} gen {settings.generation}")
     configure_logging(settings.log_level, settings.log_format, process="worker")
     raise_descriptor_limit()
+    if settings.core is not None:
+        try:
+            run_on_core(settings.core)
+        except OSError as error:  # it may have been taken away since
+            _log.warning("worker is not pinned", core=settings.core, reason=error.strerror)
     uvloop.run(_run(settings))
