@@ -29,6 +29,7 @@ from toppy.quic.engine import (
     StopSendingReceived,
     StreamDataReceived,
     StreamReset,
+    StreamsAvailable,
 )
 from toppy.wire.connection_id import CONNECTION_ID_BYTES, destination_connection_id, encode_prefix
 
@@ -207,16 +208,30 @@ class TestStreams:
         pair.link.run_until(lambda: all(pair.server.has_ended(stream) for stream in (0, 4, 8)))
         for stream in (0, 4, 8):
             server.send_stream(pair.accepted, stream, b"y", end=True)
-        opened: list[int] = []
+        pair.link.run_until(lambda: pair.client.of(StreamsAvailable))
+        assert client.open_stream(pair.connection) == 12
 
-        def has_room() -> bool:
-            stream = client.open_stream(pair.connection)
-            if stream is not None:
-                opened.append(stream)
-            return bool(opened)
+    def test_a_client_comes_to_open_as_many_streams_as_the_server_allows(
+        self, engines: tuple[str, str]
+    ) -> None:
+        pair = connect_pair(*engines, server=server_config(max_bidirectional_streams=300))
+        client = pair.client.engine
 
-        pair.link.run_until(has_room)
-        assert opened[0] == 12
+        def open_all() -> list[int]:
+            found = []
+            while (stream := client.open_stream(pair.connection)) is not None:
+                client.send_stream(pair.connection, stream, b"x")
+                found.append(stream)
+            return found
+
+        opened = open_all()
+        while len(opened) < 300:
+            told = len(pair.client.of(StreamsAvailable))
+            pair.link.run_until(lambda told=told: len(pair.client.of(StreamsAvailable)) > told)  # type: ignore[misc]
+            opened += open_all()
+        assert opened == list(range(0, 1200, 4))
+        pair.link.run_for(1.0)
+        assert client.open_stream(pair.connection) is None
 
     def test_a_reset_is_reported_with_its_code(self, pair: Pair) -> None:
         stream = pair.client.engine.open_stream(pair.connection)

@@ -324,3 +324,74 @@ class TestBounds:
         pair = connect_pair("native", "native", gate=lambda _source, _ok: Admission.ACCEPT)
         del pair
         gc.collect()
+
+
+def handshake_bytes(client: Engine, server: Engine) -> int:
+    """What a server sends until a new connection is ready; the peers go on for a moment, so that
+    a session ticket arrives.
+    """
+    now, said = START, 0
+    client.connect(SERVER, SERVER_NAME, now)
+    ready: int | None = None
+    for _ in range(60):
+        now += 0.01
+        for engine in (client, server):
+            due = engine.next_timeout()
+            if due is not None and due <= now:
+                engine.handle_timeout(now)
+        for data, size, _ in client.poll_transmits(now):
+            server.receive(data, size, CLIENT, now)
+        for data, size, _ in server.poll_transmits(now):
+            said += len(data)
+            client.receive(data, size, SERVER, now)
+        server.poll_events()
+        if any(isinstance(event, HandshakeCompleted) for event in client.poll_events()):
+            ready = said
+    assert ready is not None
+    return ready
+
+
+class TestSessionResumption:
+    KEY = bytes(range(64))
+
+    def server(self, **changes: object) -> Engine:
+        config = replace(server_config(), token_key=self.KEY)
+        return make_engine("native", replace(config, **changes))  # type: ignore[arg-type]
+
+    def test_a_client_that_comes_back_is_sent_no_certificate_by_any_worker(self) -> None:
+        client = make_engine("native", client_config())
+        first = handshake_bytes(client, self.server())
+        again = [handshake_bytes(client, self.server()) for _ in range(2)]
+        assert max(again) < first - 150, (first, again)
+
+    @pytest.mark.parametrize("changes", [{"token_key": bytes(64)}, {"resumes_sessions": False}])
+    def test_where_the_ticket_is_not_taken_the_handshake_is_a_full_one(
+        self, changes: dict[str, object]
+    ) -> None:
+        client = make_engine("native", client_config())
+        first = handshake_bytes(client, self.server())
+        assert handshake_bytes(client, self.server(**changes)) > first - 100
+
+    def test_a_client_may_forgo_it(self) -> None:
+        client = make_engine("native", replace(client_config(), resumes_sessions=False))
+        first = handshake_bytes(client, self.server())
+        assert handshake_bytes(client, self.server()) > first - 100
+
+
+def test_bursts_of_losses_are_not_taken_for_a_path_that_drops_large_packets() -> None:
+    """A buffer that overflows must not send an inner QUIC handshake's packets as capsules."""
+    link = Link()
+    pair = connect_pair("native", "native", link=link)
+    link.run_for(3.0)  # path MTU discovery
+    engine = pair.client.engine
+    assert engine.max_payload_bytes(pair.connection, 0) > 1400
+    link.loss = 0.5
+    for _ in range(20):
+        engine.send_datagrams(pair.connection, 0, bytes(1200 * 40), 1200)
+        link.run_for(0.2)
+        assert engine.max_payload_bytes(pair.connection, 0) >= 1200
+    link.loss = 0.0
+    link.run_for(10.0)
+    engine.send_datagrams(pair.connection, 0, bytes(1200), 0)
+    link.run_for(5.0)
+    assert engine.max_payload_bytes(pair.connection, 0) > 1400

@@ -98,6 +98,7 @@ class EngineConnection(QuicConnection):
         self.host_cid = first
         self._local_initial_source_connection_id = first
         self.new_ids = [first]
+        self._lacks_stream = False
         for limit, count in (
             (self._local_max_streams_bidi, max_streams[0]),
             (self._local_max_streams_uni, max_streams[1]),
@@ -198,8 +199,18 @@ class EngineConnection(QuicConnection):
     def may_open(self, *, is_unidirectional: bool) -> bool:
         """Whether the peer's stream limit leaves room for one more stream of ours."""
         following = self.get_next_available_stream_id(is_unidirectional)
-        limit = self._remote_max_streams_uni if is_unidirectional else self._remote_max_streams_bidi
-        return following // 4 < limit
+        if is_unidirectional:
+            return following // 4 < self._remote_max_streams_uni
+        may_open = following // 4 < self._remote_max_streams_bidi
+        self._lacks_stream |= not may_open
+        return may_open
+
+    def take_available(self) -> bool:
+        """Whether there is room for a bidirectional stream after ``may_open`` found none; once."""
+        if not self._lacks_stream:
+            return False
+        self._lacks_stream = False
+        return self.may_open(is_unidirectional=False)
 
     def may_send_on(self, stream_id: int) -> bool:
         """Whether bytes can be written on a stream: it is live, and neither ended nor reset."""

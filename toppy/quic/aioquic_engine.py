@@ -54,6 +54,7 @@ from toppy.quic.engine import (
     StopSendingReceived,
     StreamDataReceived,
     StreamReset,
+    StreamsAvailable,
     Transmit,
 )
 
@@ -507,6 +508,8 @@ class AioquicEngine:
             self._translate(record, quic, event)
         if chunks:
             self._report_data(record, chunk_stream, chunks, ended=False)
+        if quic.take_available():
+            self._events.append(StreamsAvailable(record.number))
         termination = quic.termination
         if termination is not None and not record.is_closed:
             code = 0 if quic.is_terminated else termination.error_code

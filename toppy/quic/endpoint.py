@@ -25,6 +25,7 @@ from toppy.quic.engine import (
     StopSendingReceived,
     StreamDataReceived,
     StreamReset,
+    StreamsAvailable,
     Transmit,
 )
 from toppy.quic.h3 import (
@@ -103,6 +104,7 @@ EndpointEvent = (
     | StreamAborted
     | GoawayReceived
     | RawStreamReceived
+    | StreamsAvailable
     | ConnectionClosed
 )
 
@@ -214,7 +216,7 @@ class Endpoint:
 
     def _handle(self, event: Event, now: float) -> None:
         match event:
-            case ConnectionAccepted():
+            case ConnectionAccepted() | StreamsAvailable():
                 self._events.append(event)
             case HandshakeCompleted():
                 self._open(event, now)

@@ -78,7 +78,10 @@ class EngineConfig:
     """64 bytes; a stateless reset token is HMAC-SHA256(reset_key, connection ID)[:16] on both
     engines. Empty: a random key."""
     token_key: bytes = field(default=b"", repr=False)
-    """64 bytes, the key of Retry tokens. Empty: a random key. Server only."""
+    """64 bytes, the key of Retry tokens and session tickets. Empty: a random key. Server only."""
+    resumes_sessions: bool = True
+    """A client that comes back skips the certificate (RFC 8446 section 2.2), at any server with the
+    same token key and certificate. Never 0-RTT. Native only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +125,13 @@ class StopSendingReceived:
 
 
 @dataclass(frozen=True, slots=True)
+class StreamsAvailable:
+    """The peer allows more bidirectional streams, after ``open_stream`` found none."""
+
+    connection: int
+
+
+@dataclass(frozen=True, slots=True)
 class ConnectionClosed:
     """The connection is gone, by either end or by time; the last event of a connection."""
 
@@ -138,6 +148,7 @@ Event = (
     | StreamDataReceived
     | StreamReset
     | StopSendingReceived
+    | StreamsAvailable
     | ConnectionClosed
 )
 

@@ -24,6 +24,7 @@ from toppy.quic.engine import (
     StopSendingReceived,
     StreamDataReceived,
     StreamReset,
+    StreamsAvailable,
     Transmit,
 )
 
@@ -44,6 +45,7 @@ _EVENTS: Final[tuple[Callable[..., Event], ...]] = (
     StreamReset,
     StopSendingReceived,
     _connection_closed,
+    StreamsAvailable,
 )
 
 

@@ -63,6 +63,9 @@ pub enum Event {
         stream: u64,
         error_code: u64,
     },
+    StreamsAvailable {
+        connection: u64,
+    },
     Closed {
         connection: u64,
         ending: Ending,
@@ -85,11 +88,13 @@ pub struct Transmit {
     pub destination: SocketAddr,
 }
 
-/// Bounds of the outgoing datagrams that wait, in bytes.
+/// Bounds of the outgoing datagrams that wait, in bytes, and of the peer's streams.
 #[derive(Debug, Clone, Copy)]
-pub struct QueueBounds {
+pub struct Bounds {
     pub tunnel: usize,
     pub connection: usize,
+    /// Bidirectional ones that the peer may have open at once.
+    pub streams: VarInt,
 }
 
 /// A client of which nothing is known but its first packet.
@@ -119,6 +124,9 @@ pub struct Connection {
     writers: StreamWriters,
     queue: DatagramQueue,
     unproved: Option<Unproved>,
+    most_streams: VarInt,
+    /// The caller found no free stream.
+    wants_stream: bool,
     /// Datagrams that quinn-proto took, less those that it dropped and that were counted.
     handed_on: u64,
     mtu: u16,
@@ -132,7 +140,7 @@ impl Connection {
         number: u64,
         handle: ConnectionHandle,
         quic: quinn_proto::Connection,
-        bounds: QueueBounds,
+        bounds: Bounds,
         unproved: Option<Unproved>,
     ) -> Self {
         Self {
@@ -148,6 +156,8 @@ impl Connection {
             writers: StreamWriters::default(),
             queue: DatagramQueue::new(bounds.tunnel, bounds.connection),
             unproved,
+            most_streams: bounds.streams,
+            wants_stream: false,
             handed_on: 0,
             mtu: quic.current_mtu(),
             may_have_dropped: false,
@@ -231,7 +241,10 @@ impl Connection {
         if self.is_closed {
             return None;
         }
-        let id = self.quic.streams().open(dir)?;
+        let Some(id) = self.quic.streams().open(dir) else {
+            self.wants_stream |= dir == Dir::Bi;
+            return None;
+        };
         self.known.add(id);
         Some(id.into())
     }
@@ -411,6 +424,7 @@ impl Connection {
                     self.known.add(id);
                     self.read(id, outbox);
                 }
+                self.allow_more_streams();
             }
             StreamEvent::Readable { id } => self.read(id, outbox),
             StreamEvent::Stopped { id, error_code } => {
@@ -421,10 +435,27 @@ impl Connection {
                     error_code: error_code.into_inner(),
                 });
             }
+            StreamEvent::Available { dir: Dir::Bi } if self.wants_stream => {
+                self.wants_stream = false;
+                outbox.events.push_back(Event::StreamsAvailable {
+                    connection: self.number,
+                });
+            }
             // writers are flushed after every collection
             StreamEvent::Writable { .. }
             | StreamEvent::Finished { .. }
             | StreamEvent::Available { .. } => {}
+        }
+    }
+
+    /// Twice as many once half of those that the peer may open are open.
+    fn allow_more_streams(&mut self) {
+        let allowed = self.quic.max_concurrent_streams(Dir::Bi);
+        let open = self.quic.streams().remote_open_streams(Dir::Bi);
+        if allowed < self.most_streams.into_inner() && open * 2 > allowed {
+            let more = VarInt::from_u64(allowed * 2).unwrap_or(VarInt::MAX);
+            self.quic
+                .set_max_concurrent_streams(Dir::Bi, more.min(self.most_streams));
         }
     }
 

@@ -114,7 +114,11 @@ impl DatagramQueue {
         self.bytes -= cost(&frame);
         if queue.frames.is_empty() {
             self.tunnels.remove(&tunnel);
-            self.turns.retain(|&each| each != tunnel);
+            if self.turns.front() == Some(&tunnel) {
+                self.turns.pop_front();
+            } else {
+                self.turns.retain(|&each| each != tunnel);
+            }
         }
         Some(frame)
     }

@@ -15,7 +15,7 @@ use quinn_proto::{
 use crate::arrived::Group;
 use crate::clock::Clock;
 use crate::connection::{
-    Connection, Event, Outbox, QueueBounds, SMALL_TRANSMIT_BYTES, Transmit, Unproved,
+    Bounds, Connection, Event, Outbox, SMALL_TRANSMIT_BYTES, Transmit, Unproved,
 };
 use crate::connection_id::MAX_CONNECTION_ID_BYTES;
 use crate::drops::DropReason;
@@ -42,7 +42,7 @@ pub enum Admission {
 pub struct Endpoint {
     quic: quinn_proto::Endpoint,
     client: Option<ClientConfig>,
-    bounds: QueueBounds,
+    bounds: Bounds,
     clock: Clock,
     /// By quinn-proto's handle, which is a small number that it uses again.
     connections: Vec<Option<Box<Connection>>>,
@@ -72,9 +72,10 @@ impl Endpoint {
                 None,
             ),
             client: prepared.client,
-            bounds: QueueBounds {
+            bounds: Bounds {
                 tunnel: bound(settings.tunnel_queue_bytes),
                 connection: bound(settings.connection_queue_bytes),
+                streams: settings.most_streams()?,
             },
             clock,
             connections: Vec::new(),

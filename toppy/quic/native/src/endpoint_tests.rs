@@ -474,3 +474,19 @@ fn an_address_that_may_be_forged_gets_three_times_as_much_at_most() {
     let connection = server.endpoint.connections[handle.0].as_ref().unwrap();
     assert!(connection.has_proved_address());
 }
+
+#[test]
+fn a_client_may_open_more_streams_the_more_it_uses() {
+    let mut pair = Pair::connect(|it| it.max_bidirectional_streams = 300);
+    let connection = pair.connection;
+    let mut opened = 0;
+    for most in [64, 128, 256, 300, 300] {
+        while let Some(stream) = pair.client.endpoint.open_stream(connection, Dir::Bi) {
+            let client = &mut pair.client.endpoint;
+            client.send_stream(connection, stream, b"?", false);
+            opened += 1;
+        }
+        assert_eq!(opened, most);
+        pair.run(0.2);
+    }
+}

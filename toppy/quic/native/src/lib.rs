@@ -17,3 +17,4 @@ pub mod http_datagram;
 mod python;
 pub mod settings;
 pub mod streams;
+pub mod tickets;

@@ -268,6 +268,7 @@ impl Endpoint {
                 );
                 (5, fields.into_pyobject(py)?)
             }
+            Event::StreamsAvailable { connection } => (6, (connection,).into_pyobject(py)?),
         };
         (kind, fields).into_pyobject(py)
     }
@@ -362,6 +363,7 @@ fn read_settings(config: &Bound<'_, PyAny>) -> PyResult<Settings> {
         connection_id_bytes: number("connection_id_bytes")?,
         reset_key: config.getattr("reset_key")?.extract()?,
         token_key: config.getattr("token_key")?.extract()?,
+        resumes_sessions: config.getattr("resumes_sessions")?.extract()?,
     })
 }
 

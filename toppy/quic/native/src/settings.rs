@@ -20,6 +20,7 @@ use rustls::server::NoServerSessionStorage;
 
 use crate::connection_id::{MAX_CONNECTION_ID_BYTES, PrefixedIds};
 use crate::streams::MIN_SEND_WINDOW_BYTES;
+use crate::tickets::Tickets;
 
 /// Of the reset key and the token key.
 pub const KEY_BYTES: usize = 64;
@@ -32,10 +33,19 @@ pub const DATAGRAM_BUFFER_BYTES: usize = 256 * 1024;
 const DATAGRAM_RECEIVE_BUFFER_BYTES: usize = 4 << 20;
 /// Below this an Initial packet does not fit (RFC 9000 section 14).
 const MIN_PACKET_BYTES: u16 = 1200;
+/// What a path that seems to drop larger packets still gets: IPv4 with an MTU of 1,280. quinn-proto
+/// takes a few bursts of losses for such a path where every lost packet is above this. So it is above
+/// the packets of an inner QUIC handshake (1,200 bytes and some 36 around them): below them, a buffer
+/// that overflowed would have sent them as capsules for a minute.
+const FALLBACK_PACKET_BYTES: u16 = 1252;
+/// Then larger packets are tried again.
+const BLACK_HOLE_COOLDOWN: Duration = Duration::from_secs(2);
 /// The largest UDP payload that IPv6 carries.
 const MAX_PACKET_BYTES: u16 = 65_527;
-/// quinn-proto makes room for each allowed stream at once.
 const MAX_STREAMS: u32 = 100_000;
+/// What a peer may have open at first. quinn-proto makes room for each allowed stream at once, 64
+/// bytes or so: more are allowed as they are used.
+const FIRST_STREAMS: u32 = 64;
 /// RFC 9000 section 7.2 asks for 8 at least of a client's first ID, which is of the server's length
 /// after a Retry.
 const MIN_CONNECTION_ID_BYTES: usize = 8;
@@ -43,6 +53,8 @@ const MIN_RANDOM_BYTES: usize = 4;
 /// At most a thousand stateless resets a second.
 const MIN_RESET_INTERVAL: Duration = Duration::from_millis(1);
 const RETRY_TOKEN_LIFETIME: Duration = Duration::from_secs(15);
+/// Gateways whose sessions a client remembers.
+const MAX_SESSIONS: usize = 16;
 /// Connection attempts are decided on after each received buffer, which holds some fifty.
 const MAX_ATTEMPTS: usize = 1024;
 const ATTEMPT_BUFFER_BYTES: u64 = 64 * 1024;
@@ -72,6 +84,7 @@ pub struct Settings {
     pub connection_id_bytes: u64,
     pub reset_key: Vec<u8>,
     pub token_key: Vec<u8>,
+    pub resumes_sessions: bool,
 }
 
 /// The same for quinn-proto: one of `server` and `client` is there.
@@ -101,8 +114,9 @@ impl Settings {
                 client: Some(client),
             });
         }
+        let crypto = self.server_crypto(&token_key)?;
         let token_key = hkdf::Salt::new(hkdf::HKDF_SHA256, &[]).extract(&token_key);
-        let mut server = ServerConfig::new(Arc::new(self.server_crypto()?), Arc::new(token_key));
+        let mut server = ServerConfig::new(Arc::new(crypto), Arc::new(token_key));
         server
             .transport_config(transport)
             .retry_token_lifetime(RETRY_TOKEN_LIFETIME)
@@ -143,20 +157,24 @@ impl Settings {
         Ok(config)
     }
 
+    /// What a peer may come to have open at once; see `FIRST_STREAMS`.
+    pub fn most_streams(&self) -> Result<VarInt, String> {
+        streams("max_bidirectional_streams", self.max_bidirectional_streams)
+    }
+
     fn transport_config(&self) -> Result<TransportConfig, String> {
         let initial = packet_bytes("initial_packet_bytes", self.initial_packet_bytes)?;
         let largest = packet_bytes("max_packet_bytes", self.max_packet_bytes)?;
         let mut discovery = MtuDiscoveryConfig::default();
-        discovery.upper_bound(largest.max(initial));
+        discovery
+            .upper_bound(largest.max(initial))
+            .black_hole_cooldown(BLACK_HOLE_COOLDOWN);
         let mut config = TransportConfig::default();
         config
             .initial_mtu(initial)
-            .min_mtu(MIN_PACKET_BYTES)
+            .min_mtu(initial.min(FALLBACK_PACKET_BYTES))
             .mtu_discovery_config(Some(discovery))
-            .max_concurrent_bidi_streams(streams(
-                "max_bidirectional_streams",
-                self.max_bidirectional_streams,
-            )?)
+            .max_concurrent_bidi_streams(self.most_streams()?.min(FIRST_STREAMS.into()))
             .max_concurrent_uni_streams(streams(
                 "max_unidirectional_streams",
                 self.max_unidirectional_streams,
@@ -188,11 +206,15 @@ impl Settings {
             .with_root_certificates(self.roots()?)
             .with_no_client_auth();
         config.alpn_protocols = self.alpn();
-        config.resumption = Resumption::disabled();
+        config.resumption = if self.resumes_sessions {
+            Resumption::in_memory_sessions(MAX_SESSIONS)
+        } else {
+            Resumption::disabled()
+        };
         QuicClientConfig::try_from(config).map_err(|error| error.to_string())
     }
 
-    fn server_crypto(&self) -> Result<QuicServerConfig, String> {
+    fn server_crypto(&self, token_key: &[u8]) -> Result<QuicServerConfig, String> {
         let chain = certificates("certificate_chain_pem", &self.certificate_chain_pem)?;
         let key = PrivateKeyDer::from_pem_slice(&self.private_key_pem)
             .map_err(|_| "private_key_pem is not an unencrypted private key in PEM")?;
@@ -211,7 +233,10 @@ impl Settings {
             })?;
         config.alpn_protocols = self.alpn();
         config.session_storage = Arc::new(NoServerSessionStorage {});
-        config.send_tls13_tickets = 0;
+        config.send_tls13_tickets = usize::from(self.resumes_sessions);
+        if self.resumes_sessions {
+            config.ticketer = Arc::new(Tickets::new(token_key, &self.certificate_chain_pem));
+        }
         QuicServerConfig::try_from(config).map_err(|error| error.to_string())
     }
 
@@ -342,6 +367,7 @@ pub mod examples {
             connection_id_bytes: 10,
             reset_key: vec![1; 64],
             token_key: vec![2; 64],
+            resumes_sessions: true,
         };
         let client = Settings {
             is_client: true,
