@@ -15,7 +15,7 @@ from toppy.client.session import GatewaySession
 from toppy.client.tunnel import Refusal
 from toppy.client.udp_forward import REFUSED_PAUSE_S, UdpForward
 from toppy.model.drop_reason import DropReason
-from toppy.net.udp_socket import SendResult, UdpSocket
+from toppy.net.udp_socket import BUSY_S, SendResult, UdpSocket
 from toppy.protocol.udp_tunnel import Buffer, encode_datagram_capsules
 from toppy.quic.endpoint import BodyReceived
 from toppy.quic.engine import Address
@@ -146,11 +146,19 @@ def test_datagrams_and_bytes_are_counted_in_both_directions(forwarding: Forwardi
     assert forwarding.forward.drops == {}
 
 
-def test_everything_that_waits_is_received_at_one_wake_up(forwarding: Forwarding) -> None:
+def test_a_wake_up_takes_what_came_and_the_next_one_soon_after_all_that_waits(
+    forwarding: Forwarding,
+) -> None:
     forwarding.open(ALICE)
-    forwarding.local.waiting += [(b"1", 0, ALICE), (b"2", 0, ALICE)]
-    forwarding.says(ALICE, b"3")
-    assert forwarding.world.arrived == [b"hello", b"1", b"2", b"3"]
+    forwarding.world.now += 10 * BUSY_S
+    forwarding.local.waiting += [(b"%d" % number, 0, ALICE) for number in range(4)]
+    forwarding.forward.receive()
+    assert len(forwarding.local.waiting) == 3
+    forwarding.world.now += BUSY_S / 2
+    forwarding.forward.receive()
+    assert not forwarding.local.waiting
+    forwarding.world.run()
+    assert forwarding.world.arrived == [b"hello", b"0", b"1", b"2", b"3"]
 
 
 def test_a_peer_beyond_the_limit_is_dropped_and_counted() -> None:

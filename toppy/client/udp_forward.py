@@ -15,7 +15,7 @@ from toppy.client.session import GatewaySession
 from toppy.client.tunnel import ClientTunnel, Refusal
 from toppy.model.drop_reason import DropReason
 from toppy.model.target import Target
-from toppy.net.udp_socket import SendResult, UdpSocket
+from toppy.net.udp_socket import BUSY_S, SendResult, UdpSocket
 from toppy.protocol.udp_tunnel import Buffer, count_payloads
 from toppy.quic.engine import Address
 
@@ -73,6 +73,7 @@ class UdpForward:
         self._on_refused = on_refused
         # least recently active first, so that reaping looks at few
         self._peers: OrderedDict[Address, _Peer] = OrderedDict()
+        self._called_at = 0.0
         self.counters = ForwardCounters()
         self.drops: dict[DropReason, int] = {}
 
@@ -114,7 +115,9 @@ class UdpForward:
     def receive(self) -> None:
         """Take what local peers have sent; the local socket is readable."""
         now = self._clock()
-        for _ in range(_RECEIVES_PER_WAKE_UP):
+        is_busy = now - self._called_at < BUSY_S
+        self._called_at = now
+        for _ in range(_RECEIVES_PER_WAKE_UP if is_busy else 1):
             batch = self._local.receive()
             if batch is None:
                 break

@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from toppy.net.udp_socket import MAX_REMEMBERED_PEERS, SendResult, UdpSocket
+from toppy.net.udp_socket import BUSY_S, MAX_REMEMBERED_PEERS, SendResult, UdpSocket
 from toppy.quic.endpoint import Endpoint
 from toppy.quic.engine import Address, Buffer, Transmit
 
@@ -46,6 +46,7 @@ class QuicDriver:
         self._timer: asyncio.TimerHandle | None = None
         self._timer_due = 0.0
         self._flush_is_due = False
+        self._called_at = 0.0
         self._unsent: deque[Transmit] = deque()
         self._receive_batch: ReceiveBatch = self.take
         self.send_errors = 0
@@ -110,7 +111,9 @@ class QuicDriver:
     def _receive(self, sock: UdpSocket) -> None:
         now = self._clock()
         receive = self._receive_batch
-        for _ in range(_RECEIVES_PER_WAKE_UP):
+        is_busy = now - self._called_at < BUSY_S
+        self._called_at = now
+        for _ in range(_RECEIVES_PER_WAKE_UP if is_busy else 1):
             batch = sock.receive()
             if batch is None:
                 break

@@ -55,6 +55,11 @@ _ANCILLARY_WITH_ADDRESS_BYTES = _ANCILLARY_BYTES + socket.CMSG_SPACE(_IN6_PKTINF
 _Target = tuple[Any, ...] | None
 _Ancillary = tuple[tuple[int, int, bytes], ...]
 
+BUSY_S: Final = 0.0003
+"""A reader that was called so recently takes all that waits, and makes large batches of it. Called
+less often it takes what came and leaves the question for more, a system call, to the event loop,
+which asks anyway."""
+
 MAX_REMEMBERED_PEERS: Final = 65_536
 """Peers whose way to us a wildcard socket remembers; beyond it the oldest is forgotten, and the
 kernel chooses the source address of what goes there, until it sends again."""

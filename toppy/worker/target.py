@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from toppy.errors import TargetError
 from toppy.model.grant import Grant
-from toppy.net.udp_socket import SendResult, UdpSocket, connect_udp
+from toppy.net.udp_socket import BUSY_S, SendResult, UdpSocket, connect_udp
 from toppy.protocol.udp_tunnel import Buffer
 from toppy.worker.tunnel import Tunnel
 
@@ -21,7 +21,7 @@ Received = Callable[[Tunnel, Buffer, int, float], None]
 class UdpTarget:
     """One tunnel's socket. It takes datagrams from the target's address and no other."""
 
-    __slots__ = ("_done", "_loop", "_received", "_socket", "_tunnel", "address")
+    __slots__ = ("_called_at", "_done", "_loop", "_received", "_socket", "_tunnel", "address")
 
     def __init__(
         self,
@@ -36,6 +36,7 @@ class UdpTarget:
         self._socket = socket
         self._received = received
         self._done = done
+        self._called_at = 0.0
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(socket.fileno(), self._receive)
 
@@ -60,7 +61,9 @@ class UdpTarget:
 
     def _receive(self) -> None:
         now = time.monotonic()
-        for _ in range(_RECEIVES_PER_WAKE_UP):
+        is_busy = now - self._called_at < BUSY_S
+        self._called_at = now
+        for _ in range(_RECEIVES_PER_WAKE_UP if is_busy else 1):
             batch = self._socket.receive()
             if batch is None:
                 break
