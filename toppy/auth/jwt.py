@@ -51,6 +51,10 @@ class AuthenticationError(DeniedError):
     """The credential is not good; the text is fit for a log and for the client."""
 
 
+class UnknownKeyError(AuthenticationError):
+    """The token names a signing key that is not known here; newer keys may know it."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Key:
     key: Any = field(repr=False)
@@ -105,6 +109,11 @@ class JwtVerifier:
 
         ``now`` is Unix time in seconds. Raises ``AuthenticationError``.
         """
+        claims, expires_at = self.verify_claims(token, now)
+        return identity_of(claims), expires_at
+
+    def verify_claims(self, token: str, now: float) -> tuple[Mapping[str, Any], float]:
+        """As ``verify``, with all claims of the token."""
         claims = self._verify_signature(token)
         expires_at = _time_claim(claims, "exp")
         if expires_at is None:
@@ -119,7 +128,7 @@ class JwtVerifier:
         if self._issuer is not None and claims.get("iss") != self._issuer:
             raise AuthenticationError("the token is of another issuer (iss)")
         self._check_audience(claims)
-        return Identity(_subject(claims), "jwt", _scalars(claims)), expires_at
+        return claims, expires_at
 
     def _verify_signature(self, token: str) -> Mapping[str, Any]:
         try:
@@ -129,6 +138,8 @@ class JwtVerifier:
         if "crit" in header:  # RFC 7515 section 4.1.11; there is none that we know
             raise AuthenticationError("the token asks for an extension that is not known (crit)")
         algorithm, key_id = header.get("alg"), header.get("kid")
+        if key_id is not None and all(key.key_id not in (None, key_id) for key in self._keys):
+            raise UnknownKeyError("the token was signed with a key that is not known here")
         reason = f"the token's algorithm ({str(algorithm)[:20]!a}) is not allowed"
         for key in self._keys:
             if algorithm not in key.algorithms:
@@ -155,6 +166,11 @@ class JwtVerifier:
         named = audience if isinstance(audience, list) else [audience]
         if self._audience not in named:
             raise AuthenticationError("the token is for another audience (aud)")
+
+
+def identity_of(claims: Mapping[str, Any]) -> Identity:
+    """Who verified claims name. Raises ``AuthenticationError`` for a subject that cannot be one."""
+    return Identity(_subject(claims), "jwt", _scalars(claims))
 
 
 def _time_claim(claims: Mapping[str, Any], name: str) -> float | None:

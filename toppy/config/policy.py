@@ -108,6 +108,9 @@ class PolicyRule(BaseModel):
     subjects: Annotated[tuple[str, ...], BeforeValidator(_as_list)] = Field(
         (), description="Who: the JWT's `sub`, with `*` for anything; `token` is the static token."
     )
+    roles: Annotated[tuple[str, ...], BeforeValidator(_as_list)] = Field(
+        (), description="Who: any of these roles, as `[[auth.oidc.roles]]` of the gateway gives."
+    )
     claims: Annotated[dict[str, tuple[Scalar, ...]], BeforeValidator(_parse_claims)] = Field(
         default_factory=dict,
         description="JWT claims and the values allowed: `{ team = ['ops', 'net'] }`.",
@@ -120,7 +123,7 @@ class PolicyRule(BaseModel):
             raise ValueError("must be one line of printable characters")
         return value
 
-    @field_validator("cidr", "host", "ports", "protocol", "subjects")
+    @field_validator("cidr", "host", "ports", "protocol", "subjects", "roles")
     @classmethod
     def _not_empty(cls, value: tuple[Any, ...]) -> tuple[Any, ...]:
         if not value:

@@ -18,5 +18,7 @@ class Identity:
 
     subject: str
     method: str
-    """``static``, ``jwt`` or ``none``."""
+    """``static``, ``jwt``, ``oidc`` or ``none``."""
     claims: Mapping[str, ClaimValue] = field(default_factory=dict)
+    roles: tuple[str, ...] = ()
+    """Given by the configuration (``[[auth.oidc.roles]]``), never by a client."""

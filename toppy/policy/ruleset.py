@@ -161,6 +161,8 @@ def _matches_request(rule: PolicyRule, identity: Identity, target: Target) -> bo
         return False
     if rule.subjects and not any(_matches_glob(p, identity.subject) for p in rule.subjects):
         return False
+    if rule.roles and not any(role in identity.roles for role in rule.roles):
+        return False
     if rule.host and not any(_matches_host(pattern, target.host) for pattern in rule.host):
         return False
     return all(

@@ -1,0 +1,1 @@
+"""A real OpenID provider (`oidc-provider` on Node), and logins against it."""
