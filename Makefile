@@ -8,7 +8,7 @@ DEV := .dev
 SOURCES := pyproject.toml $(wildcard toppy/quic/native/Cargo.* toppy/quic/native/src/*.rs)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo run doctor compose-up compose-down test check lint format types layers rust-check bench docs wheel install uninstall clean
+.PHONY: help venv demo run doctor compose-up compose-down test check lint format types layers rust-check bench bench-quick docs wheel install uninstall clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -64,8 +64,11 @@ rust-check: ## The binding's own tests and lints, where there is Rust
 	  cd toppy/quic/native && cargo fmt --check && cargo clippy --quiet --release --all-features --all-targets -- -D warnings && cargo test --quiet --release; \
 	else echo "rust-check: no cargo here, the native engine is not built or tested"; fi
 
-bench: venv ## Measure: app -> client -> gateway -> target, both engines
+bench: venv ## Measure everything three times, beside other gateways; writes docs/performance.md (half an hour)
 	$(BIN)/python -m integration.bench
+
+bench-quick: venv ## The main figures, in a minute; writes nothing
+	$(BIN)/python -m integration.bench --quick
 
 docs: venv ## Write the generated pages of docs/
 	$(BIN)/python -m toppy.config.reference > docs/configuration.md

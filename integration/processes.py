@@ -120,7 +120,8 @@ def start(
     arguments: Sequence[str | Path], log: Path, environ: dict[str, str] | None = None
 ) -> Running:
     """Start a process with its output in ``log``."""
-    environ = {**os.environ, "PYTHONUNBUFFERED": "1", **(environ or {})}
+    own = {"TOPPY_AUDIT_LOG": f"{log}.audit.jsonl", "PYTHONUNBUFFERED": "1"}
+    environ = {**os.environ, **own, **(environ or {})}
     with log.open("wb") as sink:
         process = subprocess.Popen(
             [str(a) for a in arguments],

@@ -1,4 +1,6 @@
-"""The first benchmark: rates without loss, CPU per datagram, latency, memory, for each engine."""
+"""``make bench``: measure every case three times, and write ``docs/performance.md``, its plots and
+the raw figures. ``make bench-quick``: the main figures, in under a minute.
+"""
 
 from __future__ import annotations
 
@@ -8,135 +10,97 @@ import json
 import os
 import platform
 import sys
-from dataclasses import asdict
+import time
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 from rich.console import Console
-from rich.table import Table
 
-from integration.bench.measure import (
-    SIZE,
-    Echo,
-    OneWay,
-    Way,
-    highest_rate,
-    measure_echo,
-    measure_one_way,
-    median,
-    way_through_gateway,
-)
-from integration.processes import free_udp_port
+from integration.bench import paths, peers, relay, scale, setup, side_by_side
+from integration.bench.figures import Figures
+from integration.bench.quick import measure_quick
 from toppy import __version__
-from toppy.quic.choose import has_native_engine
 
-_REFERENCE_RATE = {"native": 80_000.0, "aioquic": 3_000.0}
-_RATES = {
-    "native": [80e3, 120e3, 160e3, 200e3, 240e3, 280e3, 320e3],
-    "aioquic": [2e3, 4e3, 6e3, 8e3, 10e3, 12e3],
-    "direct": [400e3, 800e3],
+CASES: dict[str, ModuleType] = {
+    "relay": relay,
+    "setup": setup,
+    "scale": scale,
+    "paths": paths,
+    "side_by_side": side_by_side,
 }
-_ECHO_RATE = 1000.0
+_RUNS = 3
+_DOCS = Path(__file__).parents[2] / "docs"
+_BEGIN = "<!-- `make bench` writes what follows -->\n"
+_SETTLE_S = 2.0
 
 
 def main() -> int:
-    """Measure, print, and write JSON when asked to."""
+    """Entry point."""
     parser = argparse.ArgumentParser(prog="python -m integration.bench", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="fewer and shorter runs")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the raw results")
+    parser.add_argument(
+        "--quick", action="store_true", help="the main figures only; writes nothing"
+    )
+    parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES), help="some cases")
+    parser.add_argument("--runs", type=int, default=_RUNS, help="default: %(default)s")
+    parser.add_argument("--docs", type=Path, default=_DOCS, help="where to write")
+    parser.add_argument("--report", action="store_true", help="write the report, measure nothing")
     options = parser.parse_args()
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
-    console.print(
-        f"toppy {__version__}, Python {platform.python_version()}, Linux {platform.release()}, "
-        f"{os.cpu_count()} cores, all processes on this machine, {SIZE}-byte datagrams"
-    )
-    runs, seconds = (1, 1.0) if options.quick else (3, 3.0)
-    engines = ["native", "aioquic"] if has_native_engine() else ["aioquic"]
-    results: dict[str, Any] = {"direct": _measure_direct(console, runs, seconds)}
-    for engine in engines:
-        for workers in (1,) if options.quick or engine == "aioquic" else (1, 2):
-            key = f"{engine}, {workers} worker{'s' if workers > 1 else ''}"
-            console.print(f"measuring {key} …")
-            with way_through_gateway(engine, workers) as way:
-                results[key] = _measure(way, engine, runs, seconds)
-    _print(console, results)
-    if options.json is not None:
-        options.json.write_text(json.dumps(results, indent=2) + "\n")
+    console.print(_machine())
+    if options.quick:
+        measure_quick(console)
+        return 0
+    raw = options.docs / "performance.json"
+    results: dict[str, list[Figures]] = json.loads(raw.read_text()) if raw.exists() else {}
+    if not options.report:
+        for name in options.only:
+            results[name] = _measure(console, name, CASES[name].measure, options.runs)
+            results["machine"] = [{"text": _machine(), "peers": peers.versions()}]
+            raw.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
+    _write_report(options.docs, results)
+    console.print(f"written: {options.docs / 'performance.md'}")
     return 0
 
 
-def _measure_direct(console: Console, runs: int, seconds: float) -> dict[str, Any]:
-    """Generator to sink without a gateway: what the load itself can do."""
-    console.print("measuring the load generator alone …")
-    port = free_udp_port()
-    return _measure(Way(port, port), "direct", runs, seconds)
+def _measure(
+    console: Console, name: str, measure: Callable[..., Figures], runs: int
+) -> list[Figures]:
+    figures = []
+    for number in range(1, runs + 1):
+        begin = time.monotonic()
+        figures.append(measure(is_quick=False))
+        console.print(f"{name}, run {number} of {runs}: {time.monotonic() - begin:.0f} s")
+        time.sleep(_SETTLE_S)
+    return figures
 
 
-def _measure(way: Way, kind: str, runs: int, seconds: float) -> dict[str, Any]:
-    best: list[OneWay] = []
-    reference: list[OneWay] = []
-    echoes: list[Echo] = []
-    for _ in range(runs):
-        best.append(highest_rate(way, _RATES[kind], seconds)[0])
-        if kind in _REFERENCE_RATE:
-            reference.append(measure_one_way(way, _REFERENCE_RATE[kind], seconds))
-        echoes.append(measure_echo(way, _ECHO_RATE, seconds))
-    return {
-        "best": [asdict(run) for run in best],
-        "reference": [asdict(run) for run in reference],
-        "echo": [asdict(echo) for echo in echoes],
-    }
+def _write_report(docs: Path, results: dict[str, list[Figures]]) -> None:
+    page = docs / "performance.md"
+    written = page.read_text().partition(_BEGIN)[0] if page.exists() else ""
+    machine = results["machine"][0]
+    lines = [f"- {name}: {text}" for name, text in sorted(machine["peers"].items())]
+    sections = [
+        f"Measured with {machine['text']}.\n\nOther programs:\n\n" + "\n".join(lines) + "\n"
+    ]
+    sections += [
+        case.report(results[name], docs / "performance")
+        for name, case in CASES.items()
+        if results.get(name)
+    ]
+    page.write_text(written + _BEGIN + "\n" + "\n".join(sections))
 
 
-def _spread(values: list[float], form: str = "{:,.0f}") -> str:
-    text = form.format(median(values))
-    if len(values) > 1:
-        text += f" ({form.format(min(values))}-{form.format(max(values))})"
-    return text
-
-
-def _print(console: Console, results: dict[str, Any]) -> None:
-    table = Table(title="one way, without loss")
-    for column in (
-        "way",
-        "datagrams/s",
-        "offered",
-        "lost",
-        "CPU us each, gateway",
-        "client",
-        "RSS MiB, gateway",
-        "client",
-    ):
-        table.add_column(column, justify="left" if column == "way" else "right")
-    for key, result in results.items():
-        table.add_row(key, _spread([r["rate"] for r in result["best"]]), "highest", "0")
-        if result["reference"]:
-            runs = result["reference"]
-            table.add_row(
-                "",
-                _spread([r["rate"] for r in runs]),
-                f"{runs[0]['offered']:,.0f}/s",
-                _spread([r["sent"] - r["received"] for r in runs]),
-                _spread([r["gateway_us"] for r in runs], "{:.1f}"),
-                _spread([r["client_us"] for r in runs], "{:.1f}"),
-                f"{runs[-1]['gateway_rss_mib']:.0f}",
-                f"{runs[-1]['client_rss_mib']:.0f}",
-            )
-    console.print(table)
-    direct = results["direct"]["echo"]
-    base50, base99 = median([e["p50_us"] for e in direct]), median([e["p99_us"] for e in direct])
-    table = Table(title=f"echo at {_ECHO_RATE:,.0f}/s, round trip")
-    for column in ("way", "p50 us", "p99 us", "added p50", "added p99", "lost"):
-        table.add_column(column, justify="left" if column == "way" else "right")
-    for key, result in results.items():
-        p50 = [e["p50_us"] for e in result["echo"]]
-        p99 = [e["p99_us"] for e in result["echo"]]
-        lost = sum(e["sent"] - e["received"] for e in result["echo"])
-        added = ("", "")
-        if key != "direct":
-            added = (f"{median(p50) - base50:,.0f}", f"{median(p99) - base99:,.0f}")
-        table.add_row(key, _spread(p50), _spread(p99), *added, str(lost))
-    console.print(table)
+def _machine() -> str:
+    libraries: Sequence[str] = ("aioquic", "pyzmq", "uvloop")
+    return (
+        f"toppy {__version__}, Python {platform.python_version()}, "
+        f"Linux {platform.release().partition('-')[0]}, "
+        f"{os.cpu_count()} {platform.machine()} cores, "
+        + ", ".join(f"{library} {version(library)}" for library in libraries)
+        + "; every process on this machine"
+    )
 
 
 if __name__ == "__main__":

@@ -4,28 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import json
-import statistics
 import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import psutil
-
+from integration.bench.figures import cpu_s, rss_mib
+from integration.bench.load import start_load
+from integration.bench.ways import Way
 from integration.peers import start_peer
-from integration.processes import (
-    Gateway,
-    free_udp_port,
-    running_gateway,
-    running_udp_client,
-    wait_until,
-)
 
 SIZE = 1200
-_LOAD = [sys.executable, "-m", "integration.bench.load"]
+_SPARE_S = 60.0
+"""What a load process may take longer than it should."""
+_UNDER_WAY_S = 0.4
+_STEP = 1.5
+_FINE_STEP = 1.15
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,11 +33,9 @@ class OneWay:
     received: int
     rate: float
     """Delivered per second."""
-    gateway_us: float
-    """CPU of the workers per delivered datagram, in microseconds."""
-    client_us: float
-    gateway_rss_mib: float
-    client_rss_mib: float
+    cpu_us: dict[str, float] = field(default_factory=dict)
+    """Per delivered datagram, of each role's processes together."""
+    rss_mib: dict[str, float] = field(default_factory=dict)
 
     @property
     def lost(self) -> int:
@@ -52,123 +46,155 @@ class OneWay:
 class Echo:
     """Round trips."""
 
+    offered: float
     sent: int
     received: int
     p50_us: float
     p99_us: float
+    p999_us: float
+    rate: float
+    cpu_us: dict[str, float] = field(default_factory=dict)
+    """Per echo, of each role's processes together."""
+
+    @property
+    def lost(self) -> int:
+        return self.sent - self.received
 
 
-@dataclass(frozen=True, slots=True)
-class Way:
-    """A path to measure: where to send, what arrives where, and who works in between."""
-
-    port: int
-    target_port: int
-    gateway: tuple[psutil.Process, ...] = ()
-    client: tuple[psutil.Process, ...] = ()
+def _finish(process: subprocess.Popen[str], seconds: float) -> dict[str, float]:
+    out, error = process.communicate(timeout=seconds + _SPARE_S)
+    if process.returncode:
+        raise RuntimeError(f"a load process failed:\n{error}")
+    result: dict[str, float] = json.loads(out)
+    return result
 
 
-@contextlib.contextmanager
-def way_through_gateway(engine: str, workers: int) -> Iterator[Way]:
-    """App port of a ``toppy udp`` whose gateway leads to ``target_port``."""
-    directory = Path(tempfile.mkdtemp(prefix="toppy-bench-"))
-    target_port = free_udp_port()
-    with running_gateway(directory, workers=workers, engine=engine) as gateway:
-        target = f"127.0.0.1:{target_port}"
-        with running_udp_client(gateway, target, engine=engine) as (port, client):
-            yield Way(port, target_port, _workers(gateway), (psutil.Process(client.process.pid),))
+def _cpu_by_role(ways: Sequence[Way]) -> dict[str, float]:
+    # several clients share one gateway: its processes count once
+    roles = {role for way in ways for role in way.processes}
+    return {
+        role: cpu_s({process for way in ways for process in way.processes.get(role, ())})
+        for role in roles
+    }
 
 
-def _workers(gateway: Gateway) -> tuple[psutil.Process, ...]:
-    return tuple(psutil.Process(worker["pid"]) for worker in gateway.status()["workers"])
+def _each(before: dict[str, float], after: dict[str, float], count: float) -> dict[str, float]:
+    return {role: (after[role] - before[role]) * 1e6 / max(1.0, count) for role in before}
 
 
-def _cpu_s(processes: tuple[psutil.Process, ...]) -> float:
-    return sum(sum(process.cpu_times()[:2]) for process in processes)
-
-
-def _rss_mib(processes: tuple[psutil.Process, ...]) -> float:
-    return max((process.memory_info().rss / (1 << 20) for process in processes), default=0.0)
-
-
-def measure_one_way(way: Way, rate: float, seconds: float) -> OneWay:
-    """Offer ``rate`` datagrams/s for ``seconds``."""
-    sink = subprocess.Popen(
-        [*_LOAD, "sink", str(way.target_port)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def measure_one_way(
+    ways: Sequence[Way], rate: float, seconds: float, *, size: int = SIZE, tunnels: int = 1
+) -> OneWay:
+    """Offer ``rate`` datagrams/s in all for ``seconds``."""
+    ports = [way.target_port for way in ways]
+    sink = start_load("sink", host=ways[0].target_host, ports=ports)
     try:
         assert sink.stderr is not None
-        sink.stderr.readline()  # it is bound
-        before = _cpu_s(way.gateway), _cpu_s(way.client)
-        arguments = [str(way.port), str(rate), str(SIZE), str(seconds)]
-        done = subprocess.run(
-            [*_LOAD, "generate", *arguments],
-            capture_output=True,
-            text=True,
-            timeout=seconds + 30,
-            check=True,
+        if not sink.stderr.readline().startswith("ready"):
+            raise RuntimeError(f"the sink failed:\n{sink.stderr.read()}")
+        before = _cpu_by_role(ways)
+        sent = _finish(
+            start_load(
+                "generate",
+                host=ways[0].host,
+                ports=[way.port for way in ways],
+                tunnels=max(tunnels, len(ways)),
+                rate=rate,
+                size=size,
+                seconds=seconds,
+            ),
+            seconds + tunnels / 100,
         )
-        time.sleep(0.4)  # what is under way arrives
-        after = _cpu_s(way.gateway), _cpu_s(way.client)
+        time.sleep(_UNDER_WAY_S)
+        after = _cpu_by_role(ways)
         sink.terminate()
-        out, _ = sink.communicate(timeout=10)
+        arrived = _finish(sink, 0)
     finally:
         sink.kill()
         sink.wait()
-    sent, arrived = json.loads(done.stdout), json.loads(out)
-    received = int(arrived["received"])
-    each = 1e6 / max(1, received)
+    received = arrived["received"]
     return OneWay(
         offered=rate,
         sent=int(sent["sent"]),
-        received=received,
+        received=int(received),
         rate=received / sent["seconds"],
-        gateway_us=(after[0] - before[0]) * each,
-        client_us=(after[1] - before[1]) * each,
-        gateway_rss_mib=_rss_mib(way.gateway),
-        client_rss_mib=_rss_mib(way.client),
+        cpu_us=_each(before, after, received),
+        rss_mib={
+            role: rss_mib(processes) for way in ways for role, processes in way.processes.items()
+        },
     )
 
 
-def highest_rate(way: Way, rates: list[float], seconds: float) -> tuple[OneWay, list[OneWay]]:
-    """The best run without loss of rising ``rates``, and every run; stops at the first loss."""
-    runs: list[OneWay] = []
-    best = None
-    for rate in rates:
-        run = measure_one_way(way, rate, seconds)
-        if run.lost:  # once more: other work on this machine costs datagrams too
-            run = measure_one_way(way, rate, seconds)
-        runs.append(run)
-        if run.lost:
-            break
-        best = run
-        if run.rate < 0.9 * rate:
-            break  # the generator, or the machine, can do no more
-    return best or runs[0], runs
+@contextlib.contextmanager
+def _echo_servers(ways: Sequence[Way]) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-"))
+        for way in ways:
+            peer = start_peer("echo", way.target_port, Path(directory), host=way.target_host)
+            stack.callback(peer.stop)
+        yield
 
 
-def measure_echo(way: Way, rate: float, seconds: float) -> Echo:
-    """Round trips through ``way`` to an echo server at its target port."""
-    directory = Path(tempfile.mkdtemp(prefix="toppy-bench-"))
-    peer = start_peer("echo", way.target_port, directory)
-    try:
-        arguments = [str(way.port), str(rate), str(SIZE), str(seconds)]
-        done = subprocess.run(
-            [*_LOAD, "echo", *arguments],
-            capture_output=True,
-            text=True,
-            timeout=seconds + 30,
-            check=True,
+def measure_echo(
+    ways: Sequence[Way], rate: float, seconds: float, *, size: int = SIZE, tunnels: int = 1
+) -> Echo:
+    """Round trips at ``rate`` per second in all."""
+    with _echo_servers(ways):
+        before = _cpu_by_role(ways)
+        result = _finish(
+            start_load(
+                "echo",
+                host=ways[0].host,
+                ports=[way.port for way in ways],
+                tunnels=max(tunnels, len(ways)),
+                rate=rate,
+                size=size,
+                seconds=seconds,
+            ),
+            seconds + tunnels / 100,
         )
-    finally:
-        peer.stop()
-        wait_until("echo server's end", lambda: peer.process.poll() is not None)
-    result = json.loads(done.stdout)
-    return Echo(int(result["sent"]), int(result["received"]), result["p50_us"], result["p99_us"])
+        after = _cpu_by_role(ways)
+    return Echo(
+        offered=rate,
+        sent=int(result["sent"]),
+        received=int(result["received"]),
+        p50_us=result["p50_us"],
+        p99_us=result["p99_us"],
+        p999_us=result["p999_us"],
+        rate=result["received"] / seconds,
+        cpu_us=_each(before, after, result["received"]),
+    )
 
 
-def median(values: list[float]) -> float:
-    return statistics.median(values)
+def highest_one_way(
+    ways: Sequence[Way],
+    first: float,
+    seconds: float,
+    *,
+    size: int = SIZE,
+    tunnels: int = 1,
+    most: float = 1e6,
+) -> OneWay:
+    """The highest rate that loses nothing, by steps of 1.5 and then of 1.15 from ``first`` on; at
+    a loss each step gets a second chance: other work on this machine costs datagrams, too.
+    """
+
+    def attempt(rate: float) -> OneWay:
+        run = measure_one_way(ways, rate, seconds, size=size, tunnels=tunnels)
+        if run.lost:
+            run = measure_one_way(ways, rate, seconds, size=size, tunnels=tunnels)
+        return run
+
+    best = attempt(first)
+    while best.lost and first > 100:
+        first /= _STEP
+        best = attempt(first)
+    for step in (_STEP, _FINE_STEP):
+        rate = best.offered * step
+        while rate <= most and best.rate > 0.9 * best.offered:  # the generator can do more, too
+            run = attempt(rate)
+            if run.lost:
+                break
+            best = run
+            rate *= step
+    return best
