@@ -11,6 +11,7 @@ import os
 import shutil
 import signal
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import datetime
@@ -24,6 +25,7 @@ from integration.load import RunningLoad
 from integration.masque_client import ask, connected, connected_engine, open_tunnel, run
 from integration.operation import (
     SLOW_RATE,
+    change_config,
     echo_on_new_connection,
     gateway_log,
     generations,
@@ -40,10 +42,14 @@ from integration.processes import (
     BIN,
     Gateway,
     Running,
+    free_udp_port,
     running_gateway,
     start,
     wait_until,
 )
+from toppy.control.saved_state import read_state
+from toppy.ipc.takeover_channel import take_over
+from toppy.ipc.worker_sockets import takeover_path
 
 
 def record(directory: Path, what: str, **figures: Any) -> None:
@@ -334,6 +340,99 @@ def test_a_control_plane_that_is_killed_during_a_reload_leaves_no_stray_worker(
         assert workers_that_run(gateway) == set(worker_pids(gateway).values())
 
 
+def test_a_control_plane_that_is_killed_while_its_sockets_become_more_is_followed_by_another(
+    directory: Path, echo: Peer, adopt: Adopt
+) -> None:
+    with running_gateway(directory, workers=2, extra=ORPHANS) as gateway:
+        before = worker_pids(gateway)
+
+        async def scenario() -> None:
+            async with connected(gateway, "stranger") as client:
+                tunnel = await open_tunnel(client, echo.host, echo.port)
+                change_config(gateway, "workers = 2", "workers = 4")
+                os.kill(gateway.running.pid, signal.SIGHUP)
+                await asyncio.to_thread(
+                    wait_until,
+                    "a worker of the next generation",
+                    lambda: any(
+                        line["event"] == "worker started" and line["generation"] == 2
+                        for line in gateway_log(gateway)
+                    ),
+                )
+                kill_control_plane(gateway)
+                await tunnel.echo(b"without a control plane")
+                await asyncio.to_thread(adopt, gateway)
+                await tunnel.echo(b"with another control plane")
+
+        run(scenario())
+        # what it was told in vain is what the next one reads
+        wait_until("a reload", lambda: gateway.status()["last_reload"] is not None)
+        active = gateway.status()["generation"]
+        assert up_workers(gateway, active) == 4
+        assert run(echo_on_new_connection(gateway, echo)) == active > 1
+        wait_for_generations(gateway, {active: "active"})
+        assert workers_that_run(gateway) == set(worker_pids(gateway).values())
+        assert not set(before.values()) & workers_that_run(gateway)
+
+
+def up_workers(gateway: Gateway, generation: int) -> int:
+    workers = gateway.status()["workers"]
+    return sum(w["generation"] == generation and w["state"] == "serving" for w in workers)
+
+
+def test_what_changed_meanwhile_is_applied_to_the_workers_that_are_taken_over(
+    directory: Path, echo: Peer, adopt: Adopt
+) -> None:
+    with running_gateway(directory, workers=1, extra=ORPHANS) as gateway:
+
+        async def scenario() -> None:
+            async with connected(gateway, "stranger") as client:
+                tunnel = await open_tunnel(client, echo.host, echo.port)
+                kill_control_plane(gateway)
+                change_config(gateway, "workers = 1", "workers = 2")
+                change_config(gateway, f"127.0.0.1:{gateway.port}", f"127.0.0.1:{free_udp_port()}")
+                await asyncio.to_thread(adopt, gateway)
+                await asyncio.to_thread(
+                    wait_until, "a reload", lambda: gateway.status()["last_reload"] is not None
+                )
+                await tunnel.echo(b"still there")
+                assert generations(gateway) == {1: "draining", 2: "active"}
+                assert await echo_on_new_connection(gateway, echo) == 2
+
+        run(scenario())
+        status = gateway.status()
+        assert status["last_reload"]["ok"]
+        assert up_workers(gateway, 2) == 2
+        # the running workers cannot listen elsewhere: that takes a restart
+        assert status["listen"] == [f"127.0.0.1:{gateway.port}"]
+        warned = "listen.quic changed: applies at the next restart"
+        assert any(line.get("warning") == warned for line in gateway_log(gateway))
+        assert warned in operate(gateway, "reload")["warnings"]
+
+
+def test_starts_that_fail_do_not_keep_workers_that_nobody_follows(directory: Path) -> None:
+    extra = "[reload]\norphan_timeout_s = 3\n"
+    with running_gateway(directory, extra=extra) as gateway:
+        state = read_state(directory / "run")
+        assert state is not None
+        (worker,) = state.workers
+        kill_control_plane(gateway)
+        end = time.monotonic() + 8
+
+        def is_left_alone() -> bool:
+            assert time.monotonic() < end
+            with contextlib.suppress(OSError):
+                path = takeover_path(str(directory / "run"), worker.slot)
+                line, descriptors = take_over(path, worker.secret)
+                line.close()
+                for descriptor in descriptors:
+                    os.close(descriptor)
+            time.sleep(0.3)
+            return is_gone(worker.pid)
+
+        wait_until("the worker's end", is_left_alone)
+
+
 @loads_the_machine
 def test_a_control_plane_that_stands_still_stops_no_datagram(directory: Path, echo: Peer) -> None:
     with (
@@ -355,6 +454,37 @@ def test_a_control_plane_that_stands_still_stops_no_datagram(directory: Path, ec
         run(scenario())
         loaded.assert_whole()
         assert gateway.status()["worker_deaths"] == 0
+
+
+def test_workers_of_a_control_plane_whose_state_is_damaged_are_ended_by_the_next_one(
+    directory: Path, echo: Peer, adopt: Adopt
+) -> None:
+    with running_gateway(directory, workers=2, extra=ORPHANS) as gateway:
+        workers = set(worker_pids(gateway).values())
+
+        async def scenario() -> None:
+            async with connected(gateway, "stranger") as client:
+                tunnel = await open_tunnel(client, echo.host, echo.port)
+                kill_control_plane(gateway)
+                state = directory / "run" / "state"
+                state.write_bytes(state.read_bytes()[:100])
+                await asyncio.to_thread(adopt, gateway)
+                # its client is told, and need not find out by itself
+                async with asyncio.timeout(5):
+                    await tunnel.has_ended.wait()
+
+        run(scenario())
+        assert all(map(is_gone, workers))
+        ended = {
+            line["pid"]
+            for line in log_of_all(gateway)
+            if line["event"] == "a worker that nobody could take over was ended"
+        }
+        assert ended == workers
+        assert run(echo_on_new_connection(gateway, echo)) == 1
+        assert operate(gateway, "reload")["generation"] == 2
+        gateway.running.stop()
+        assert workers_that_run(gateway) == set()
 
 
 def test_workers_that_no_control_plane_can_find_end(directory: Path) -> None:

@@ -127,6 +127,29 @@ def test_a_broken_configuration_changes_nothing(directory: Path, echo: Peer) -> 
         assert gateway.status()["last_reload"]["ok"]
 
 
+def test_a_setting_that_takes_a_restart_stays_as_it_is_and_every_reload_says_so(
+    directory: Path, echo: Peer
+) -> None:
+    with running_gateway(directory) as gateway:
+        before = gateway.status()
+        good = (directory / "gateway.toml").read_text()
+        change_config(gateway, 'runtime_dir = "run"', 'runtime_dir = "elsewhere"')
+        change_config(gateway, f'health = "127.0.0.1:{gateway.health_port}"', 'health = ""')
+        change_config(gateway, "workers = 1", "workers = 2")
+        for generation in (2, 3):
+            facts = gateway.ask("POST", "/reload")
+            assert facts["generation"] == generation
+            for key in ("runtime_dir", "listen.health"):
+                assert f"{key} changed: applies at the next restart" in facts["warnings"]
+            assert gateway.status()["health"] == before["health"]
+            # the rest of the file applies
+            assert run(echo_on_new_connection(gateway, echo)) == generation
+            assert sum(w["generation"] == generation for w in gateway.status()["workers"]) == 2
+        assert not (directory / "elsewhere").exists()
+        (directory / "gateway.toml").write_text(good)
+        assert gateway.ask("POST", "/reload")["warnings"] == []
+
+
 @loads_the_machine
 def test_a_new_policy_ends_the_tunnels_that_it_denies_and_says_why(
     directory: Path, echo: Peer, tmp_path: Path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from integration.processes import (
     run_command,
     running_gateway,
     start,
+    wait_until,
     write_gateway_config,
 )
 
@@ -219,6 +221,42 @@ def test_a_secret_file_that_others_can_read_is_a_warning(directory: Path) -> Non
     checked = run_command("toppy-gw", "check-config", "--config", str(directory / "gateway.toml"))
     assert checked.returncode == 0
     assert "chmod 600" in checked.stderr
+
+
+def hears_later(pid: int) -> bool:
+    """Whether a process lets SIGHUP wait (proc_pid_status(5))."""
+    (held,) = (
+        line.split()[1]
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines()
+        if line.startswith("SigBlk:")
+    )
+    return bool(int(held, 16) & 1 << (signal.SIGHUP - 1))
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_it_starts_waits_until_it_can_be_obeyed(
+    directory: Path, number: signal.Signals
+) -> None:
+    with running_gateway(directory) as gateway:
+        gateway.running.stop()
+        again = start(
+            [BIN / "toppy-gw", "run", "--config", directory / "gateway.toml"],
+            directory / "again.log",
+        )
+        gateway.running = again
+        try:
+            wait_until("its first lines", lambda: hears_later(again.pid))
+            again.process.send_signal(number)
+            if number == signal.SIGHUP:
+                again.wait_for_output("reloaded")
+                wait_for_generations(gateway, {2: "active"})
+                assert not hears_later(again.pid)
+                assert not any(hears_later(w["pid"]) for w in gateway.status()["workers"])
+            else:
+                assert again.process.wait(10) == 0
+        finally:
+            again.stop()
+        assert [path.name for path in (directory / "run").iterdir()] == ["lock"]
 
 
 def test_workers_are_pinned_to_cores_in_turn_where_asked(directory: Path) -> None:

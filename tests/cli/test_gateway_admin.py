@@ -16,8 +16,9 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from tests.cli.gateway_stub import CONFIG, Answer, GatewayStub, gateway_stub, status_facts
-from toppy.cli import toppy_gw
+from toppy.cli import gateway_admin, toppy_gw
 from toppy.cli.gateway_admin import GatewayAdmin, NoGatewayError, RefusedError, find_runtime_dir
+from toppy.control import settings as settings_module
 from toppy.errors import ConfigError
 
 runner = CliRunner()
@@ -110,7 +111,10 @@ def test_status_connections_and_tunnels_are_tables_for_people(stub: GatewayStub)
 
 @pytest.mark.parametrize(
     "arguments",
-    [["drain"], ["kick"], ["drain", "s1", "--timeout", "-1"], ["reload", "now"], ["stop", "--no"]],
+    [
+        *(["drain"], ["kick"], ["reload", "now"], ["stop", "--no"]),
+        *(["drain", "s1", "--timeout", each] for each in ("-1", "1e400", "inf", "nan", "soon")),
+    ],
 )
 def test_wrong_usage_exits_with_2_and_asks_nothing(stub: GatewayStub, arguments: list[str]) -> None:
     assert call(stub, *arguments).exit_code == 2
@@ -125,10 +129,31 @@ def test_a_refusal_is_said_as_the_gateway_says_it(
     stub: GatewayStub, status: int, exit_code: int
 ) -> None:
     stub.answers["POST /drain"] = (status, {"error": "s9 is not there; see toppy-gw status"})
-    done = call(stub, "drain", "s9", "--json")
+    done = call(stub, "drain", "s9")
     assert done.exit_code == exit_code
     assert done.stderr == "toppy-gw: s9 is not there; see toppy-gw status\n"
     assert done.stdout == ""
+
+
+def test_a_failure_is_json_too_where_json_was_asked_for(stub: GatewayStub, tmp_path: Path) -> None:
+    stub.answers["POST /drain"] = (404, {"error": "there is no worker s9"})
+    done = call(stub, "drain", "s9", "--json")
+    assert done.exit_code == 1
+    assert json.loads(done.stdout) == {"error": "there is no worker s9"}
+    assert done.stderr == "toppy-gw: there is no worker s9\n"
+    done = runner.invoke(toppy_gw.app, ["status", "--json", "--config", str(tmp_path / "none")])
+    assert done.exit_code == 1
+    assert "cannot read" in json.loads(done.stdout)["error"]
+
+
+@pytest.mark.parametrize("what", ["tunnels", "connections", "kick"])
+def test_workers_of_which_nothing_is_known_are_named(stub: GatewayStub, what: str) -> None:
+    method = "POST" if what == "kick" else "GET"
+    facts: dict[str, object] = {"closed": 1} if what == "kick" else {what: []}
+    stub.answers[f"{method} /{what}"] = (200, {**facts, "unanswered": ["s0", "s3"]})
+    done = call(stub, *([what, "alice"] if what == "kick" else [what]))
+    assert done.exit_code == 0
+    assert done.stdout.endswith("\nwarning: no answer from s0, s3: try again\n")
 
 
 @pytest.mark.parametrize(
@@ -240,6 +265,50 @@ def test_a_wrong_file_that_names_no_directory_means_the_default(
     Path(stub.config).unlink()
     with pytest.raises(ConfigError, match="cannot read"):
         find_runtime_dir(stub.config, {})
+
+
+@pytest.fixture
+def nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The system's configuration file would be this one; there is no gateway either."""
+    system = tmp_path / "etc" / "gateway.toml"
+    monkeypatch.setattr(settings_module, "SYSTEM_CONFIG", str(system))
+    monkeypatch.setattr(gateway_admin, "SYSTEM_CONFIG", str(system))
+    monkeypatch.setattr(gateway_admin, "_DEFAULT_RUNTIME_DIR", str(tmp_path / "run"))
+    monkeypatch.delenv("TOPPY_GW_CONFIG", raising=False)
+    monkeypatch.delenv("TOPPY_GW_RUNTIME_DIR", raising=False)
+    return system
+
+
+def test_without_a_file_the_one_that_was_looked_for_is_named(nowhere: Path) -> None:
+    done = runner.invoke(toppy_gw.app, ["status"])
+    assert done.exit_code == 1
+    assert done.stderr == (
+        f"toppy-gw: which gateway? {nowhere} does not exist; name the gateway's file with "
+        "--config FILE or TOPPY_GW_CONFIG\n"
+    )
+
+
+def test_without_a_file_a_gateway_in_the_default_directory_is_found(nowhere: Path) -> None:
+    with gateway_stub(nowhere.parent.parent) as stub:
+        assert find_runtime_dir(None, {}) == stub.runtime_dir
+        elsewhere = {"TOPPY_GW_RUNTIME_DIR": str(nowhere.parent)}
+        with pytest.raises(ConfigError, match="which gateway"):
+            find_runtime_dir(None, elsewhere)
+
+
+def test_a_file_in_a_directory_that_this_user_may_not_enter_is_named(
+    nowhere: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "stat", refuse)
+        patch.setattr(os, "open", refuse)
+        patch.setattr(Path, "read_text", refuse)
+        with pytest.raises(ConfigError) as refused:
+            find_runtime_dir(None, {})
+    assert str(refused.value).endswith(f"cannot read {nowhere}: Permission denied")
 
 
 # upgrade

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import pytest
 
@@ -119,3 +120,35 @@ def test_upgrade_says_which_code_serves() -> None:
 )
 def test_how_long_ago(seconds: float, text: str) -> None:
     assert ago(time.time() - seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, "audit log /a.jsonl: 7 entries"),
+        ({"shipped": 5, "ship_problem": "down"}, "7 entries, 5 shipped; not shipped: down"),
+        (
+            {"lost": 2, "problem": "disk full", "waiting": 9},
+            "7 entries, 2 LOST; CANNOT BE WRITTEN, 9 wait: disk full",
+        ),
+    ],
+)
+def test_the_audit_log_is_part_of_the_status(changes: dict[str, Any], expected: str) -> None:
+    audit = {
+        "path": "/a.jsonl",
+        "entries": 7,
+        "waiting": 0,
+        "lost": 0,
+        "problem": None,
+        "shipped": None,
+        "ship_problem": None,
+    }
+    assert expected in render_status(status_facts(audit=audit | changes))
+    assert "audit" not in render_status(status_facts(audit=audit | {"path": None}))
+
+
+def test_one_of_a_thing_is_not_many() -> None:
+    text = render_status(status_facts(connections=1, tunnels=1, worker_deaths=1))
+    assert "\n1 connection, 1 tunnel, 1 worker death\n" in text
+    text = render_status(status_facts(connections=0, tunnels=2, worker_deaths=0))
+    assert "\n0 connections, 2 tunnels, 0 worker deaths\n" in text

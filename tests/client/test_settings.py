@@ -108,12 +108,12 @@ def test_a_file_of_ones_own_is_no_warning(tmp_path: Path) -> None:
     assert load_client_config(path, {}).warnings == ()
 
 
-def test_a_login_mode_is_a_warning_because_no_token_is_sent(tmp_path: Path) -> None:
+def test_a_logins_token_is_sent_where_the_file_has_none(tmp_path: Path) -> None:
     text = '[auth]\nmode = "oidc_device_code"\nissuer = "https://i.example"\nclient_id = "c"\n'
     loaded = load_client_config(write(tmp_path, BASE + text), {})
-    (warning,) = loaded.warnings
-    assert "oidc_device_code" in warning
+    assert loaded.warnings == ()
     assert gateway_settings(loaded).authorization is None
+    assert gateway_settings(loaded, "from the login").authorization == "from the login"
 
 
 def test_a_missing_file_is_named_with_what_to_do(tmp_path: Path) -> None:

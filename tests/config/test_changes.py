@@ -9,7 +9,7 @@ import pytest
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from toppy.config.changes import changed_settings
+from toppy.config.changes import changed_settings, without_restart
 from toppy.config.gateway import GatewayConfig, parse_gateway_config
 
 TEXT = """
@@ -88,6 +88,16 @@ def test_everything_that_workers_are_told_at_their_start_needs_a_reload_at_most(
     for key in KEYS:
         if key.startswith(("quic.", "limits.", "tls.")) or key in ("workers", "name"):
             assert changed_settings(before, with_other_value(before, key)) == {key: "reload"}
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_what_takes_a_restart_stays_as_it_runs_and_all_else_is_as_wanted(key: str) -> None:
+    running = parse()
+    wanted = with_other_value(running, key)
+    extra = KEYS[key].json_schema_extra
+    assert isinstance(extra, dict)
+    kept = running if extra["applies"] == "restart" else wanted
+    assert changed_settings(kept, without_restart(running, wanted)) == {}
 
 
 def test_the_same_text_is_no_change() -> None:

@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from toppy.control.admission import Admission
+from toppy.control.audit_settings import AuditSettings
+from toppy.control.audit_writer import AuditWriter
 from toppy.control.generation import Generation, Worker
 from toppy.control.listeners import Listeners
 from toppy.control.saved_state import SavedGeneration, SavedWorker
 from toppy.control.statistics import Statistics
 from toppy.control.supervisor import Supervisor
+from toppy.control.tunnel_audit import TunnelAudit
 from toppy.ipc.control_channel import ControlServer, Peer
 from toppy.model.counters import WorkerCounters
 from toppy.model.grant import Denial, Grant
@@ -81,6 +84,9 @@ class FakeProcess:
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
 
+    def wait_blocking(self, _: float) -> bool:
+        return self.has_ended
+
     def forget(self) -> None:
         self.is_forgotten = True
 
@@ -91,6 +97,8 @@ class FakeServer:
     def __init__(self) -> None:
         self.sent: list[tuple[Peer, ToWorker]] = []
         self.is_served = False
+        self.is_full = False
+        """What is sent is lost."""
         self.hear: Callable[[Peer, FromWorker], None]
         self.report: Callable[[Report], None]
         self.hear_garbage: Callable[[IpcError], None]
@@ -106,6 +114,8 @@ class FakeServer:
         await asyncio.Event().wait()
 
     def send(self, peer: Peer, message: ToWorker) -> bool:
+        if self.is_full:
+            return False
         self.sent.append((peer, message))
         return True
 
@@ -132,6 +142,11 @@ class FakeAdmission:
         self.may_answer = asyncio.Event()
         self.may_answer.set()
         self.asked: list[AdmissionRequest] = []
+        self.denied: Denial | None = None
+        """What live tunnels are cut for."""
+
+    def recheck(self, _: LiveTunnel) -> Denial | None:
+        return self.denied
 
     def is_valid(self, authorization: str | None) -> bool:
         return authorization == "right"
@@ -153,6 +168,7 @@ class Stage:
         self.listeners = FakeListeners()
         self.admission = FakeAdmission()
         self.statistics = Statistics()
+        self.audit = AuditWriter(AuditSettings())
         self.spawn_failures: list[OSError] = []
         self.changes = 0
         """How often there was something new that a next control plane must know."""
@@ -161,6 +177,7 @@ class Stage:
             cast(Listeners, self.listeners),
             cast(Admission, self.admission),
             self.statistics,
+            TunnelAudit(self.audit),
             runtime_dir=str(directory),
             slot_count=slot_count,
             on_change=self._note_change,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from toppy.control import admin as admin_module
+from toppy.control import health as health_module
 from toppy.control.admin import AdminError, admin_app
 from toppy.control.health import serve_http
 from toppy.control.rollouts import ReloadError
@@ -172,12 +174,61 @@ def test_any_body_is_a_wish_or_400(path: str, body: bytes) -> None:
 
 @pytest.mark.parametrize("path", ["/", "/status/more", "/metrics", "/admin"])
 def test_anything_else_is_404(operations: FakeOperations, path: str) -> None:
-    assert ask(operations, "GET", path).status_code == 404
+    answer = ask(operations, "GET", path)
+    assert answer.status_code == 404
+    assert answer.json()["error"].startswith(f"there is no {path} here")
 
 
 @pytest.mark.parametrize("path", ["/reload", "/upgrade", "/drain", "/kick", "/stop"])
 def test_reading_changes_nothing(operations: FakeOperations, path: str) -> None:
-    assert ask(operations, "GET", path).status_code == 405
+    answer = ask(operations, "GET", path)
+    assert answer.status_code == 405
+    assert answer.json() == {"error": f"{path} is asked for with POST, not with GET"}
+    assert operations.asked == []
+
+
+def test_what_is_only_read_is_not_to_be_written(operations: FakeOperations) -> None:
+    answer = ask(operations, "POST", "/status")
+    assert answer.json() == {"error": "/status is asked for with GET, not with POST"}
+
+
+def test_a_long_request_is_refused_before_it_has_come(operations: FakeOperations) -> None:
+    sent = 0
+
+    async def endless() -> AsyncIterator[bytes]:
+        nonlocal sent
+        while True:
+            sent += 1000
+            yield bytes(1000)
+
+    async def whole() -> httpx.Response:
+        transport = httpx.ASGITransport(app=admin_app(operations))
+        async with httpx.AsyncClient(transport=transport, base_url="http://toppy-gw") as client:
+            return await client.post("/drain", content=endless())
+
+    answer = asyncio.run(whole())
+    assert (answer.status_code, answer.json()) == (400, {"error": "the request is too long"})
+    assert sent <= 6000
+    assert operations.asked == []
+
+
+def test_a_request_that_does_not_go_on_is_given_up(
+    operations: FakeOperations, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(admin_module, "_BODY_DEADLINE_S", 0.01)
+
+    async def stalled() -> AsyncIterator[bytes]:
+        yield b"{"
+        await asyncio.sleep(60)
+
+    async def whole() -> httpx.Response:
+        transport = httpx.ASGITransport(app=admin_app(operations))
+        async with httpx.AsyncClient(transport=transport, base_url="http://toppy-gw") as client:
+            return await client.post("/kick", content=stalled())
+
+    answer = asyncio.run(whole())
+    assert answer.status_code == 400
+    assert "not complete" in answer.json()["error"]
     assert operations.asked == []
 
 
@@ -217,6 +268,32 @@ def test_it_is_served_on_a_unix_socket(operations: FakeOperations, tmp_path: Pat
         assert "server" not in (await client.get("/status")).headers
 
     on_a_socket(operations, tmp_path, scenario)
+
+
+def test_who_connects_and_asks_nothing_is_let_go_and_who_waits_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(health_module, "_CONNECTION_LIFETIME_S", 0.05)
+    may_end = asyncio.Event()
+
+    class Slow(FakeOperations):
+        async def reload(self, *, policy_only: bool) -> dict[str, Any]:
+            await may_end.wait()
+            return await super().reload(policy_only=policy_only)
+
+    async def scenario(client: httpx.AsyncClient) -> None:
+        reloading = asyncio.create_task(client.post("/reload", json={}))
+        await client.get("/status")
+        with contextlib.suppress(ConnectionResetError):
+            reader, writer = await asyncio.open_unix_connection(tmp_path / "admin.sock")
+            writer.write(b"GET /status HTTP/1.1\r\nHost: ")
+            assert await reader.read() == b""
+            writer.close()
+        assert not reloading.done()
+        may_end.set()
+        assert (await reloading).json() == {"asked": "reload"}
+
+    on_a_socket(Slow(), tmp_path, scenario)
 
 
 def test_a_wish_that_takes_its_time_holds_no_other_up(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from toppy.control import listeners as listeners_module
-from toppy.control.listeners import Listeners, close_all, named
+from toppy.control.listeners import Listeners, addresses_of, close_all, is_at, named
 from toppy.errors import ConfigError
 from toppy.net import steering
 from toppy.net.udp_socket import bind_udp
@@ -169,7 +169,7 @@ def test_as_many_slots_as_were_inherited_are_there(make: Make, steered: Listener
     assert make(slot_count=2, inherited=copies(steered)).slot_count == 4
 
 
-@pytest.mark.parametrize("missing", ["quic.0.0", "quic.1.3", "quic.1.0"])
+@pytest.mark.parametrize("missing", ["quic.0.0", "quic.0.2", "quic.1.0"])
 def test_groups_that_are_not_whole_are_left_alone(make: Make, missing: str) -> None:
     addresses = [("127.0.0.1", free_port()), ("127.0.0.2", free_port())]
     theirs = copies(make(addresses))
@@ -208,6 +208,54 @@ def test_what_a_worker_hands_over_has_the_same_names(steered: Listeners) -> None
     close_all(theirs)
 
 
+@pytest.mark.parametrize("missing", [["quic.1.3"], ["quic.0.2", "quic.0.3", "quic.1.3"]])
+def test_a_group_that_is_short_of_its_last_sockets_is_taken_and_made_whole(
+    make: Make, missing: list[str]
+) -> None:
+    if not steering.is_supported():
+        pytest.skip("this kernel does not steer packets (no SO_ATTACH_REUSEPORT_CBPF)")
+    before = make([("127.0.0.1", free_port()), ("127.0.0.2", free_port())])
+    theirs = copies(before)
+    before.close()
+    for name in missing:
+        theirs.pop(name).close()
+    again = make(before.addresses, 3, inherited=theirs)
+    assert again.is_inherited
+    assert theirs.items() <= again.by_name().items()
+    whole = 4 if missing == ["quic.1.3"] else 3
+    assert [len(row) for row in again.descriptors()] == [whole, whole]
+    again.steer([2], [2])
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
+        client.sendto(bytes((0xC0,)) + bytes(1199), again.addresses[0])
+    assert count(again, 2) == 1
+
+
+def test_fewer_sockets_than_slots_are_completed(make: Make, steered: Listeners) -> None:
+    again = make(steered.addresses, 6, inherited=copies(steered))
+    assert len(again.descriptors()[0]) == again.slot_count == 6
+
+
+def test_where_an_earlier_control_plane_listened_is_known(make: Make) -> None:
+    addresses = [("127.0.0.1", free_port()), ("127.0.0.2", free_port())]
+    theirs = copies(make(addresses))
+    assert addresses_of(theirs) == addresses
+    assert addresses_of({}) == []
+    close_all(theirs)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "expected"),
+    [
+        (("127.0.0.1", 4433), True),
+        (("127.0.0.1", 0), True),
+        (("127.0.0.1", 4434), False),
+        (("127.0.0.2", 4433), False),
+    ],
+)
+def test_an_address_fits_or_not(wanted: Address, expected: bool) -> None:
+    assert is_at(("127.0.0.1", 4433), wanted) is expected
+
+
 # growing
 
 
@@ -240,6 +288,28 @@ def test_growing_that_fails_can_be_repeated(
     assert steered.slot_count == 4
     steered.grow(6)
     assert len(steered.descriptors()[0]) == 6
+
+
+def test_all_addresses_grow_or_none(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    listeners = make([("127.0.0.1", 0), ("127.0.0.2", 0)])
+    if not listeners.is_steered:
+        pytest.skip("this kernel does not steer packets (no SO_ATTACH_REUSEPORT_CBPF)")
+    opened: list[socket.socket] = []
+
+    def bind(*arguments: Any, **options: Any) -> socket.socket:
+        if len(opened) == 3:  # in the midst of the second group
+            raise OSError(errno.EMFILE, "Too many open files")
+        opened.append(bind_udp(*arguments, **options))
+        return opened[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(listeners_module, "bind_udp", bind)
+        with pytest.raises(OSError, match="Too many"):
+            listeners.grow(6)
+    assert [len(row) for row in listeners.descriptors()] == [4, 4]
+    assert all(sock.fileno() == -1 for sock in opened)
+    listeners.grow(6)
+    assert [len(row) for row in listeners.descriptors()] == [6, 6]
 
 
 # what cannot be

@@ -368,12 +368,26 @@ def test_a_rollout_may_wait_for_free_slots(run: Run) -> None:
         await gateway.reload(1)
         gateway.configuration.waits_for_slots = True
         outcome = gateway.request()
-        await stage.pass_time(600.0)
+        await stage.pass_time(590.0)
         assert gateway.rollouts.state is RolloutState.PREPARING
         stage.process(0).end(0)
         await gateway.until_starting(0)
         stage.bring_up(0)
         assert (await outcome).generation == 3
+
+    run(scenario, slots=2)
+
+
+def test_a_rollout_does_not_wait_for_ever(run: Run) -> None:
+    async def scenario(stage: Stage) -> None:
+        gateway = Gateway(stage)
+        await gateway.reload(1)
+        gateway.configuration.waits_for_slots = True
+        outcome = gateway.request()
+        await stage.pass_time(601.0)
+        with pytest.raises(ReloadError, match="1 slots are needed and 0 are free"):
+            await outcome
+        assert gateway.rollouts.state is RolloutState.IDLE
 
     run(scenario, slots=2)
 

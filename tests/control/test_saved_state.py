@@ -11,11 +11,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.control.stage import settings_for
 from toppy.control.saved_state import (
     FORMAT,
     SavedGeneration,
     SavedState,
     SavedWorker,
+    UnreadableStateError,
+    digest_of,
     read_state,
     remove_state,
     write_state,
@@ -104,9 +107,16 @@ def test_what_was_removed_is_gone(tmp_path: Path) -> None:
     assert read_state(tmp_path) is None
 
 
-def test_a_state_of_another_format_is_of_no_use(tmp_path: Path) -> None:
+def test_a_state_of_another_format_is_unreadable_and_not_taken_for_none(tmp_path: Path) -> None:
     write_state(tmp_path, msgspec.structs.replace(STATE, format=FORMAT + 1))
-    assert read_state(tmp_path) is None
+    with pytest.raises(UnreadableStateError, match=f"format {FORMAT + 1}"):
+        read_state(tmp_path)
+
+
+def test_a_state_that_cannot_be_opened_is_unreadable(tmp_path: Path) -> None:
+    (tmp_path / "state").mkdir()
+    with pytest.raises(UnreadableStateError, match="cannot be read"):
+        read_state(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -123,22 +133,43 @@ def test_a_state_of_another_format_is_of_no_use(tmp_path: Path) -> None:
         msgspec.msgpack.encode(STATE).replace(b"hidden", b"\xff\xfe\xfd\xfc\xfb\xfa"),
     ],
 )
-def test_garbage_is_of_no_use(tmp_path: Path, content: bytes) -> None:
+def test_garbage_is_unreadable(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "state").write_bytes(content)
-    assert read_state(tmp_path) is None
+    with pytest.raises(UnreadableStateError, match="damaged"):
+        read_state(tmp_path)
 
 
 @given(st.data())
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
-def test_a_damaged_state_is_a_state_or_of_no_use(tmp_path: Path, data: st.DataObject) -> None:
+def test_a_damaged_state_is_a_state_or_unreadable(tmp_path: Path, data: st.DataObject) -> None:
     encoded = bytearray(msgspec.msgpack.encode(STATE))
     for _ in range(data.draw(st.integers(1, 4))):
         encoded[data.draw(st.integers(0, len(encoded) - 1))] = data.draw(st.integers(0, 255))
     (tmp_path / "state").write_bytes(encoded[: data.draw(st.integers(0, len(encoded)))])
-    found = read_state(tmp_path)
-    assert found is None or found.format == FORMAT
+    try:
+        found = read_state(tmp_path)
+    except UnreadableStateError:
+        return
+    assert found is not None
+    assert found.format == FORMAT
 
 
 def test_no_secret_shows_in_a_repr() -> None:
     assert "hidden" not in repr(STATE)
     assert "hidden" not in repr(STATE.workers)
+
+
+def test_what_workers_were_told_is_known_again() -> None:
+    told = settings_for(0, 1, 0, "secret")
+    of_another = settings_for(3, 2, 1, "another secret")
+    assert digest_of(told, 2) == digest_of(of_another, 2)
+    louder = msgspec.structs.replace(told, log_level="debug")  # it can be changed while they run
+    assert digest_of(told, 2) == digest_of(louder, 2)
+    assert digest_of(told, 2) != digest_of(told, 3)
+    for change in (
+        {"engine": "aioquic"},
+        {"limits": {"max_connections": 1}},
+        {"private_key_pem": b"renewed"},
+        {"names": ("gw.example",)},
+    ):
+        assert digest_of(msgspec.structs.replace(told, **change), 2) != digest_of(told, 2)

@@ -125,6 +125,38 @@ def test_every_hot_setting_is_taken_over_by_a_push_of_the_policy(tmp_path: Path)
     assert pushed.config.workers == old.config.workers
 
 
+def test_what_takes_a_restart_stays_as_it_runs(tmp_path: Path) -> None:
+    path = tmp_path / "gateway.toml"
+    path.write_text("workers = 2\n[auth]\ntoken = 'a-first-token'\n")
+    running = load_settings(path, {})
+    path.write_text(
+        "workers = 3\nruntime_dir = 'elsewhere'\n[auth]\ntoken = 'another-token'\n"
+        "[listen]\nquic = ['127.0.0.1:9']\n[audit]\npath = 'elsewhere.jsonl'\n"
+    )
+    wanted = load_settings(path, {})
+    mixed = wanted.with_running(running)
+    assert (mixed.config.workers, mixed.authenticator) == (3, wanted.authenticator)
+    assert mixed.config.listen == running.config.listen
+    assert (mixed.runtime_dir, mixed.config.runtime_dir) == (
+        running.runtime_dir,
+        running.config.runtime_dir,
+    )
+    assert (mixed.audit, mixed.config.audit) == (running.audit, running.config.audit)
+
+
+def test_no_authentication_on_loopback_is_not_mixed_with_addresses_that_are_not(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "gateway.toml"
+    path.write_text("[auth]\ntoken = 'a-first-token'\n[listen]\nquic = ['0.0.0.0:9']\n")
+    running = load_settings(path, {})
+    path.write_text("insecure_no_auth = true\n[listen]\nquic = ['127.0.0.1:9']\n")
+    wanted = load_settings(path, {})
+    for mix, other in ((wanted.with_running, running), (running.with_hot, wanted)):
+        with pytest.raises(ConfigError, match=r"refused on 0\.0\.0\.0:9"):
+            mix(other)
+
+
 def test_a_missing_file_is_reported_with_where_a_first_one_comes_from(directory: Path) -> None:
     (directory / "server.pem").unlink()
     with pytest.raises(ConfigError, match=f"toppy-gw init {directory}$") as refused:

@@ -19,10 +19,11 @@ from tests.control.stage import (
     settle,
     until,
 )
-from toppy.control import supervisor as supervisor_module
+from toppy.control import found_workers
+from toppy.control.found_workers import find_saved_worker
 from toppy.control.generation import GenerationState
+from toppy.control.live_lists import Listed
 from toppy.control.saved_state import SavedGeneration, SavedWorker
-from toppy.control.supervisor import find_saved_worker
 from toppy.model.counters import WorkerCounters
 from toppy.model.grant import Denial
 from toppy.protocol.worker_lifecycle import WorkerState
@@ -393,7 +394,7 @@ def test_every_change_of_workers_is_there_for_a_next_control_plane(run: Run) -> 
 
 
 def test_a_saved_worker_that_is_gone_is_not_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(supervisor_module, "adopt", lambda _pid, _started: None)
+    monkeypatch.setattr(found_workers, "adopt", lambda _pid, _started: None)
     known = SavedWorker(0, 1, 0, pid=1, started=2, since=0.0, secret="s")
     assert find_saved_worker(known, "/nowhere") is None
 
@@ -403,7 +404,7 @@ def test_a_saved_worker_that_does_not_answer_is_ended(
 ) -> None:
     async def scenario() -> None:
         process = FakeProcess(is_child=False)
-        monkeypatch.setattr(supervisor_module, "adopt", lambda _pid, _started: process)
+        monkeypatch.setattr(found_workers, "adopt", lambda _pid, _started: process)
         known = SavedWorker(0, 1, 0, pid=1, started=2, since=0.0, secret="s")
         assert find_saved_worker(known, str(tmp_path)) is None
         assert process.signals == [signal.SIGKILL]
@@ -416,7 +417,7 @@ def test_a_saved_worker_that_does_not_answer_is_ended(
 
 def listing(stage: Stage) -> asyncio.Task[list[tuple[int, LiveTunnel]]]:
     async def ask() -> list[tuple[int, LiveTunnel]]:
-        return [(w.slot, tunnel) for w, tunnel in await stage.supervisor.live_tunnels()]
+        return [(w.slot, tunnel) for w, tunnel in (await stage.supervisor.lists.tunnels()).found]
 
     return asyncio.create_task(ask())
 
@@ -513,7 +514,7 @@ def test_credentials_are_asked_for_only_where_they_are_needed(run: Run) -> None:
     async def scenario(stage: Stage) -> None:
         for is_needed in (False, True):
             asking = asyncio.create_task(
-                stage.supervisor.live_tunnels(with_authorization=is_needed)
+                stage.supervisor.lists.tunnels(with_authorization=is_needed)
             )
             await until(lambda: stage.sent(ListTunnels))
             asked = stage.sent(ListTunnels)[0][1]
@@ -527,20 +528,20 @@ def test_credentials_are_asked_for_only_where_they_are_needed(run: Run) -> None:
 
 def test_without_a_worker_there_is_nothing_to_list(run: Run) -> None:
     async def scenario(stage: Stage) -> None:
-        assert await stage.supervisor.live_tunnels() == []
-        assert await stage.supervisor.live_connections() == []
+        assert await stage.supervisor.lists.tunnels() == Listed([])
+        assert await stage.supervisor.lists.connections() == Listed([])
 
     run(scenario, serve=())
 
 
 def test_live_connections_are_collected(run: Run) -> None:
     async def scenario(stage: Stage) -> None:
-        asking = asyncio.create_task(stage.supervisor.live_connections())
+        asking = asyncio.create_task(stage.supervisor.lists.connections())
         await until(lambda: stage.sent(ListConnections))
         number = stage.sent(ListConnections)[0][1].request
         open_one = LiveConnection(1, "192.0.2.1:9", "h3", 2, 0.0, 0.01)
         stage.say(ConnectionPage(number, (open_one,), True))
-        assert [(worker.slot, found) for worker, found in await asking] == [(0, open_one)]
+        assert [(worker.slot, found) for worker, found in (await asking).found] == [(0, open_one)]
 
     run(scenario)
 

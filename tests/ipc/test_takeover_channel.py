@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import errno
 import os
 import shutil
 import socket
@@ -36,7 +38,15 @@ class Worker:
         self.taken = 0
         self.lost = 0
         self._news = asyncio.Event()
-        self.listener = TakeoverListener(self.path, SECRET, descriptors, self._take, self._lose)
+        self.troubles: list[OSError] = []
+        self.listener = TakeoverListener(
+            self.path,
+            SECRET,
+            descriptors,
+            self._take,
+            self._lose,
+            on_trouble=self.troubles.append,
+        )
 
     def _take(self) -> None:
         self.taken += 1
@@ -192,21 +202,39 @@ def test_strangers_do_not_disturb_the_control_plane_that_there_is(directory: Pat
     with_worker(directory, scenario)
 
 
-def test_who_says_nothing_holds_up_the_next_one_for_a_while_only(
-    directory: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(takeover_channel, "_DEADLINE_S", 0.2)
+def test_who_says_nothing_holds_nobody_up(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(takeover_channel, "_DEADLINE_S", 3600.0)
 
     async def scenario(worker: Worker) -> None:
-        with socket.socket(socket.AF_UNIX) as silent:
-            silent.connect(worker.path)
-            while True:
-                try:
-                    line = await worker.line()
-                except OSError:
-                    continue  # it waits no longer than the worker does
-                break
+        with contextlib.ExitStack() as stack:
+            for _ in range(5):
+                silent = stack.enter_context(socket.socket(socket.AF_UNIX))
+                silent.connect(worker.path)
+            line = await worker.line()
             line.close()
+
+    with_worker(directory, scenario)
+
+
+def test_a_worker_that_cannot_accept_now_can_be_found_later(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(worker: Worker) -> None:
+        # as a hook in accept itself: the limit of this process would hurt the test, too
+        loop = asyncio.get_running_loop()
+        accept, failures = loop.sock_accept, [OSError(errno.EMFILE, "Too many open files")] * 2
+
+        async def accept_or_fail(listener: socket.socket) -> tuple[socket.socket, object]:
+            if failures:
+                raise failures.pop()
+            return await accept(listener)
+
+        monkeypatch.setattr(loop, "sock_accept", accept_or_fail)
+        (await worker.line()).close()  # what was being accepted before the hook
+        line = await worker.line()
+        assert failures == []
+        assert [error.errno for error in worker.troubles] == [errno.EMFILE] * 2
+        line.close()
 
     with_worker(directory, scenario)
 

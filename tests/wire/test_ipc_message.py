@@ -18,6 +18,9 @@ from toppy.wire.ipc_message import (
     SETTINGS_LENGTH,
     AdmissionRequest,
     Admitted,
+    ClosedTaken,
+    ClosedTunnel,
+    ClosedTunnels,
     CloseTunnels,
     ConnectionPage,
     Drain,
@@ -83,6 +86,28 @@ FROM_WORKER = [
         True,
     ),
     ConnectionPage(6, (LiveConnection(1, "192.0.2.1:5", "h3", 1, 1.5, 0.02),), False),
+    ClosedTunnels(
+        7,
+        (
+            ClosedTunnel(
+                connection=1,
+                quarter_stream_id=2,
+                source="192.0.2.1",
+                host="db.example",
+                port=53,
+                subject="alice",
+                rule="dns",
+                reason="it was idle",
+                duration_s=1.5,
+                datagrams_to_target=3,
+                bytes_to_target=30,
+                datagrams_to_client=4,
+                bytes_to_client=40,
+                drops=5,
+            ),
+        ),
+        lost=6,
+    ),
 ]
 TO_WORKER = [
     Admitted(1, Grant(("192.0.2.1",), 53, "alice", "rule 1", 1, expires_at=5.5), None),
@@ -95,6 +120,7 @@ TO_WORKER = [
     ListConnections(request=6),
     CloseTunnels(((1, 2), (3, 4)), Denial(403, "http_request_denied", "denied", "rule")),
     SetLogLevel("debug"),
+    ClosedTaken(7),
 ]
 REPORT = Report(
     slot=1, generation=2, secret="hidden", counters=WorkerCounters(drops={"malformed": 2})

@@ -30,7 +30,13 @@ from toppy.quic.engine import Address, ConnectionClosed, DatagramGroup, Engine, 
 from toppy.quic.gate import ConnectionGate, GateLimits
 from toppy.wire.capsule import DATAGRAM, CapsuleParser
 from toppy.wire.connect_udp import request_headers
-from toppy.wire.ipc_message import AdmissionRequest, Admitted, TokenAnswer, TokenRequest
+from toppy.wire.ipc_message import (
+    AdmissionRequest,
+    Admitted,
+    ClosedTunnel,
+    TokenAnswer,
+    TokenRequest,
+)
 from toppy.worker.router import Router
 from toppy.worker.tunnel import RouterLimits, Tunnel
 
@@ -87,6 +93,10 @@ class FakeShell:
     can_ask: bool = True
     targets: list[FakeTarget] = field(default_factory=list)
     failure: TargetError | None = None
+    closed: list[ClosedTunnel] = field(default_factory=list)
+
+    def tunnel_closed(self, tunnel: ClosedTunnel) -> None:
+        self.closed.append(tunnel)
 
     def ask(self, message: AdmissionRequest | TokenRequest) -> bool:
         if self.can_ask:

@@ -57,6 +57,8 @@ def test_the_control_plane_is_asked_once_for_each_tunnel(bench: Bench) -> None:
             protocol="udp",
             is_echo=False,
             source=CLIENT[0],
+            connection=next(iter(bench.router.live_connections())).connection,
+            quarter_stream_id=0,
         )
     ]
 
@@ -69,6 +71,7 @@ def test_a_grant_opens_the_target_and_answers_200(bench: Bench) -> None:
         ":status": "200",
         "capsule-protocol": "?1",
         "toppy-barrier": "?1",
+        "toppy-renewal": "?1",
     }
     assert bench.target.grant is GRANT
     counters = bench.router.snapshot()

@@ -6,7 +6,9 @@ import asyncio
 import json
 from collections.abc import Mapping
 
+from toppy.client.audit import record_command
 from toppy.client.doctor import Status, examine
+from toppy.model.audit_event import AuditAction
 from toppy.observe.log import configure_logging
 
 
@@ -15,4 +17,10 @@ def run_doctor(config: str | None, environ: Mapping[str, str], *, as_json: bool)
     configure_logging("warning", "auto", process="doctor")
     report = asyncio.run(examine(config, environ))
     print(json.dumps(report.as_json(), indent=2) if as_json else report.as_text())
-    return 1 if report.overall is Status.FAIL else 0
+    has_failed = report.overall is Status.FAIL
+    failed = [check.check_id for check in report.checks if check.status is Status.FAIL]
+    reason = f"failed: {', '.join(failed)}" if failed else report.overall.name.lower()
+    record_command(
+        config, environ, AuditAction.DOCTOR, "gateway", allowed=not has_failed, reason=reason
+    )
+    return 1 if has_failed else 0

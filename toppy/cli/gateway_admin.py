@@ -17,7 +17,7 @@ import httpx
 
 from toppy.config.gateway import GatewayConfig
 from toppy.control.admin import ADMIN_SOCKET
-from toppy.control.settings import config_path, runtime_directory
+from toppy.control.settings import SYSTEM_CONFIG, config_path, runtime_directory
 from toppy.errors import ConfigError, ToppyError
 
 EXIT_FAILURE = 1
@@ -69,20 +69,25 @@ def find_runtime_dir(config: str | None, environ: Mapping[str, str]) -> Path:
         return runtime_directory(path, environ)
     except ConfigError:
         named = environ.get("TOPPY_GW_RUNTIME_DIR") or _named_in(path)
-        if path is None or not named:
+        if not named:
             raise
-        directory = path.absolute().parent / named
-        if not os.path.exists(directory / ADMIN_SOCKET):  # noqa: PTH110  # False where denied
-            raise
-        return directory
+        directory = (path.absolute().parent if path is not None else Path.cwd()) / named
+        if os.path.exists(directory / ADMIN_SOCKET):  # noqa: PTH110  # False where denied
+            return directory
+        if path is None:
+            raise ConfigError(
+                f"which gateway? {SYSTEM_CONFIG} does not exist; name the gateway's file with "
+                "--config FILE or TOPPY_GW_CONFIG"
+            ) from None
+        raise
 
 
 def _named_in(path: Path | None) -> str:
     """``runtime_dir`` of a file of which other lines may be no TOML at all, or the default; empty:
-    there is no such file, or its line is wrong.
+    the file cannot be read, or its line is wrong.
     """
     if path is None:
-        return ""
+        return _DEFAULT_RUNTIME_DIR
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
     except OSError:

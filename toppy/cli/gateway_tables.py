@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from toppy.model.counters import counted
+
 _WIDTH = 240
 """Of tables: nothing is cut, whatever reads them; a terminal breaks longer lines itself."""
 
@@ -26,8 +28,8 @@ def render_status(facts: dict[str, Any]) -> str:
         f"listening on {', '.join(facts['listen'])}"
         + ("" if facts["steered"] else " (without BPF steering)")
         + (f", health on {facts['health']}" if facts["health"] else ""),
-        f"{facts['connections']} connections, {facts['tunnels']} tunnels, "
-        f"{facts['worker_deaths']} worker deaths",
+        f"{counted(facts['connections'], 'connection')}, {counted(facts['tunnels'], 'tunnel')}, "
+        f"{counted(facts['worker_deaths'], 'worker death')}",
     ]
     if facts["rollout"] != "idle":
         lines.append(f"a reload is under way: {facts['rollout']}")
@@ -37,6 +39,8 @@ def render_status(facts: dict[str, Any]) -> str:
             f"last reload {ago(reload['at'])} ago: {what}: {show(reload['message'])} "
             f"({reload['duration_s']:.1f} s)"
         )
+    if (audit := facts.get("audit")) is not None and audit["path"]:
+        lines.append(_audit_line(audit))
     lines.append(
         _table(
             ("generation", "state", "up", ">revision", "workers"),
@@ -75,10 +79,23 @@ def render_status(facts: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _audit_line(audit: dict[str, Any]) -> str:
+    text = f"audit log {show(audit['path'])}: {audit['entries'] or 0} entries"
+    if audit["shipped"] is not None:
+        text += f", {audit['shipped']} shipped"
+    if audit["lost"]:
+        text += f", {audit['lost']} LOST"
+    if audit["problem"]:
+        text += f"; CANNOT BE WRITTEN, {audit['waiting']} wait: {show(audit['problem'])}"
+    if audit["ship_problem"]:
+        text += f"; not shipped: {show(audit['ship_problem'])}"
+    return text
+
+
 def render_connections(facts: dict[str, Any]) -> str:
     """One line for each."""
     if not facts["connections"]:
-        return "no connections"
+        return "no connections" + _unanswered(facts)
     return _table(
         ("connection", "generation", "source", "alpn", ">tunnels", "open", ">round trip"),
         (
@@ -88,13 +105,13 @@ def render_connections(facts: dict[str, Any]) -> str:
             )
             for each in facts["connections"]
         ),
-    )
+    ) + _unanswered(facts)
 
 
 def render_tunnels(facts: dict[str, Any]) -> str:
     """One line for each."""
     if not facts["tunnels"]:
-        return "no tunnels"
+        return "no tunnels" + _unanswered(facts)
     return _table(
         ("tunnel", "subject", "source", "target", "rule", "open", ">to target", ">to client"),
         (
@@ -104,7 +121,7 @@ def render_tunnels(facts: dict[str, Any]) -> str:
             )
             for each in facts["tunnels"]
         ),
-    )
+    ) + _unanswered(facts)
 
 
 def render_reload(facts: dict[str, Any]) -> str:
@@ -138,7 +155,13 @@ def render_drain(facts: dict[str, Any]) -> str:
 
 def render_kick(facts: dict[str, Any]) -> str:
     """How many were closed."""
-    return f"closed {facts['closed']} tunnel{'' if facts['closed'] == 1 else 's'}"
+    return f"closed {counted(facts['closed'], 'tunnel')}" + _unanswered(facts)
+
+
+def _unanswered(facts: dict[str, Any]) -> str:
+    """A line about workers of which nothing is known."""
+    names = facts.get("unanswered") or []
+    return f"\nwarning: no answer from {', '.join(map(show, names))}: try again" if names else ""
 
 
 def render_stop(facts: dict[str, Any]) -> str:

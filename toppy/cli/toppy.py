@@ -9,12 +9,15 @@ from typing import Annotated
 import typer
 
 from toppy import __version__
+from toppy.cli.audit import audit_app
 
 app = typer.Typer(
     name="toppy",
     help="Reach private targets through a toppy gateway (MASQUE).",
     pretty_exceptions_enable=False,
 )
+
+app.add_typer(audit_app("toppy"), name="audit")
 
 ConfigOption = Annotated[
     str | None,
@@ -66,6 +69,41 @@ def doctor(
     from toppy.cli.doctor import run_doctor  # noqa: PLC0415
 
     raise typer.Exit(run_doctor(config, os.environ, as_json=as_json))
+
+
+@app.command()
+def login(
+    config: ConfigOption = None,
+    print_token: Annotated[
+        bool, typer.Option("--print-token", help="Print the access token on standard output.")
+    ] = False,
+    browser: Annotated[
+        bool, typer.Option("--browser/--no-browser", help="Open the browser where one is needed.")
+    ] = True,
+) -> None:
+    """Log in at the OpenID provider that the configuration names; keep the tokens."""
+    from toppy.cli.login import run_login  # noqa: PLC0415
+
+    raise typer.Exit(run_login(config, os.environ, prints_token=print_token, opens_browser=browser))
+
+
+@app.command()
+def logout(config: ConfigOption = None) -> None:
+    """Forget the login, here and at the provider."""
+    from toppy.cli.login import run_logout  # noqa: PLC0415
+
+    raise typer.Exit(run_logout(config, os.environ))
+
+
+@app.command()
+def whoami(
+    config: ConfigOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print facts as JSON.")] = False,
+) -> None:
+    """Say who is logged in, for what, and for how long."""
+    from toppy.cli.login import run_whoami  # noqa: PLC0415
+
+    raise typer.Exit(run_whoami(config, os.environ, as_json=as_json))
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from toppy import __version__
+from toppy.cli.audit import audit_app
 from toppy.errors import ConfigError, ToppyError
 
 app = typer.Typer(
@@ -19,11 +21,23 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+app.add_typer(audit_app("toppy-gw"), name="audit")
+
 ConfigOption = Annotated[
     str | None,
     typer.Option("--config", "-c", metavar="FILE", help="Default: /etc/toppy/gateway.toml"),
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print facts as JSON.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print facts, or the error, as JSON.")]
+
+
+_LONGEST_DRAIN_S = 30 * 86_400
+"""As long as ``reload.drain_timeout_s`` may be."""
+
+
+def _refuse_nan(value: float | None) -> float | None:
+    if value is not None and math.isnan(value):
+        raise typer.BadParameter("nan is no number of seconds.")
+    return value
 
 
 def _show_version(is_asked: bool) -> None:
@@ -73,6 +87,9 @@ def init(
 @app.command()
 def run(config: ConfigOption = None) -> None:
     """Run the gateway in the foreground until SIGTERM."""
+    from toppy.system.stop_signals import hold_stop_signals  # noqa: PLC0415
+
+    hold_stop_signals()  # an early one would end what it was to reload; imports take a while
     from toppy.control.main import run_gateway  # noqa: PLC0415
     from toppy.control.settings import config_path  # noqa: PLC0415
 
@@ -132,6 +149,8 @@ def drain(
         typer.Option(
             metavar="S",
             min=0,
+            max=_LONGEST_DRAIN_S,
+            callback=_refuse_nan,
             help="Seconds after which live tunnels are closed; 0: never. "
             "Default: reload.drain_timeout_s.",
         ),
@@ -186,16 +205,20 @@ def _operate(
     try:
         admin = GatewayAdmin(find_runtime_dir(config, os.environ))
         facts = getattr(admin, command)(*arguments, **options)
-    except RefusedError as error:
-        _fail(error, error.exit_code)
     except ToppyError as error:
-        _fail(error)
+        if as_json:
+            _print_json({"error": str(error)})
+        _fail(error, error.exit_code if isinstance(error, RefusedError) else 1)
     if as_json:
-        import json  # noqa: PLC0415
-
-        typer.echo(json.dumps(facts, indent=2))
+        _print_json(facts)
     else:
         typer.echo(getattr(gateway_tables, f"render_{command}")(facts))
+
+
+def _print_json(facts: dict[str, Any]) -> None:
+    import json  # noqa: PLC0415
+
+    typer.echo(json.dumps(facts, indent=2))
 
 
 def _fail(error: Exception, exit_code: int = 1) -> NoReturn:

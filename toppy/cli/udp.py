@@ -14,7 +14,11 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from toppy.auth.oidc import OidcError
+from toppy.auth.token_cache import TokenCacheError
+from toppy.cli.login import ask_passphrase
 from toppy.cli.output import Traffic, describe, summarize
+from toppy.client.audit import ClientAudit
 from toppy.client.policy import check_policy, parse_target
 from toppy.client.session import (
     ConnectFailure,
@@ -23,15 +27,18 @@ from toppy.client.session import (
     SessionState,
 )
 from toppy.client.settings import LoadedClientConfig, gateway_settings, load_client_config
+from toppy.client.tokens import Login, LoginRequiredError, token_source
 from toppy.client.tunnel import Refusal
 from toppy.client.udp_forward import UdpForward
 from toppy.config.address import parse_host_port
-from toppy.errors import ConfigError, DeniedError
+from toppy.errors import ConfigError, DeniedError, ToppyError
+from toppy.model.audit_event import AuditAction
 from toppy.model.target import Target
 from toppy.net.udp_socket import UdpSocket, bind_udp
 from toppy.observe.log import configure_logging, get_logger
 from toppy.quic.choose import SLOW_ENGINE_NOTICE, choose_engine
 from toppy.system.process_title import set_process_title
+from toppy.wire.audit_entry import AuditError
 
 EXIT_FAILURE = 1
 EXIT_DENIED = 2
@@ -40,6 +47,9 @@ _BUFFER_BYTES = 8 << 20
 _LIVE_INTERVAL_S = 0.5
 _SUMMARY_INTERVAL_S = 60.0
 _REFUSAL_INTERVAL_S = 1.0
+_MOST_REFUSALS = 100
+_RECORD_TIMEOUT_S = 0.1
+"""For the audit log's lock, while datagrams wait."""
 
 _log = get_logger("udp")
 
@@ -48,16 +58,20 @@ def run_udp(listen: str, target: str, config: str | None, environ: Mapping[str, 
     """Forward until a signal; returns the exit code (T-018)."""
     try:
         loaded = load_client_config(config, environ)
+        audit = ClientAudit.of(loaded.config, loaded.path, environ)
         host, port = _parse("--listen", listen)
         where = parse_target("--target", target)
         check_policy(loaded.config, where)
-        settings = gateway_settings(loaded)
+        source = asyncio.run(token_source(loaded, environ, ask_passphrase))
+        settings = gateway_settings(loaded, source.authorization)
         engine = choose_engine(settings.engine)
         local = _bind(host, port)
     except DeniedError as error:
         print(f"Policy denied: {error}", file=sys.stderr)
+        configure_logging("warning", "auto", process="udp")
+        audit.record_and_ship(AuditAction.UDP, str(where), allowed=False, reason=str(error))
         return EXIT_DENIED
-    except ConfigError as error:
+    except (AuditError, ConfigError, OidcError, TokenCacheError, LoginRequiredError) as error:
         return _fail(error)
     is_terminal = sys.stderr.isatty()
     configure_logging("warning" if is_terminal else "info", "auto", process="udp")
@@ -66,9 +80,10 @@ def run_udp(listen: str, target: str, config: str | None, environ: Mapping[str, 
     if engine == "aioquic" and settings.engine == "auto":
         _log.warning(SLOW_ENGINE_NOTICE)
     set_process_title(f"toppy udp: {_show(local)} -> {where}")
-    command = _UdpCommand(local, where, is_terminal=is_terminal)
+    command = _UdpCommand(local, where, audit, is_terminal=is_terminal)
+    audit.record(AuditAction.UDP, str(where), allowed=True, listen=_show(local))
     try:
-        uvloop.run(command.run(settings, loaded))
+        uvloop.run(command.run(settings, loaded, source.login))
     except ConfigError as error:
         return _fail(error)
     finally:
@@ -76,7 +91,7 @@ def run_udp(listen: str, target: str, config: str | None, environ: Mapping[str, 
     return 0
 
 
-def _fail(error: ConfigError) -> int:
+def _fail(error: ToppyError) -> int:
     print(f"toppy udp: {error}", file=sys.stderr)
     return EXIT_FAILURE
 
@@ -105,9 +120,14 @@ def _show(sock: UdpSocket) -> str:
 class _UdpCommand:
     """One run: shows what happens, and stops on the first signal."""
 
-    def __init__(self, local: UdpSocket, target: Target, *, is_terminal: bool) -> None:
+    def __init__(
+        self, local: UdpSocket, target: Target, audit: ClientAudit, *, is_terminal: bool
+    ) -> None:
         self._local = local
         self._target = target
+        self._audit = audit
+        self._refusals: set[str] = set()
+        """Recorded once each."""
         self._is_terminal = is_terminal
         self._problem = ""
         self._next_refusal = 0.0
@@ -134,6 +154,16 @@ class _UdpCommand:
 
     def on_refused(self, refusal: Refusal) -> None:
         self._problem = f"refused: {refusal.explanation}"
+        if len(self._refusals) < _MOST_REFUSALS and refusal.explanation not in self._refusals:
+            self._refusals.add(refusal.explanation)
+            self._audit.record(
+                AuditAction.UDP_REFUSED,
+                str(self._target),
+                allowed=False,
+                reason=refusal.explanation,
+                lock_timeout_s=_RECORD_TIMEOUT_S,
+                status=refusal.status,
+            )
         now = time.monotonic()
         if not self._is_terminal and now >= self._next_refusal:
             self._next_refusal = now + _REFUSAL_INTERVAL_S
@@ -143,7 +173,14 @@ class _UdpCommand:
                 reason=refusal.explanation,
             )
 
-    async def run(self, settings: GatewaySettings, loaded: LoadedClientConfig) -> None:
+    def on_login_problem(self, problem: str) -> None:
+        self._problem = f"the login is not renewed: {problem}"
+        if not self._is_terminal:
+            _log.warning("the login is not renewed", reason=problem)
+
+    async def run(
+        self, settings: GatewaySettings, loaded: LoadedClientConfig, login: Login | None = None
+    ) -> None:
         """Forward until SIGINT or SIGTERM; a second one ends the process at once.
 
         Raises ``ConfigError`` for settings that no engine can work with.
@@ -175,6 +212,14 @@ class _UdpCommand:
             loop.create_task(session.run()),
             loop.create_task(show(session, forward)),
         ]
+        if login is not None:
+            renewing = login.keep_fresh(
+                lambda tokens: session.set_authorization(tokens.access_token),
+                self.on_login_problem,
+            )
+            tasks.append(loop.create_task(renewing))
+        began = time.monotonic()
+        shipping = loop.create_task(self._audit.ship())
         waiting = loop.create_task(stopping.wait())
         await asyncio.wait({waiting, *tasks}, return_when=asyncio.FIRST_COMPLETED)
         failed = next((task for task in tasks if task.done()), None)
@@ -183,7 +228,23 @@ class _UdpCommand:
         # the forward first: it ends its tunnels on the connection that the session then closes
         for task in (*tasks, waiting):
             await asyncio.wait({task})
-        print(summarize(_traffic(session, forward)), file=sys.stderr)
+        traffic = _traffic(session, forward)
+        print(summarize(traffic), file=sys.stderr)
+        self._audit.record(
+            AuditAction.UDP_CLOSED,
+            str(self._target),
+            allowed=True,
+            reason="told to stop" if failed is None else "failed",
+            duration_s=round(time.monotonic() - began, 3),
+            peers=traffic.peers_total,
+            datagrams_out=traffic.out,
+            bytes_out=traffic.out_bytes,
+            datagrams_in=traffic.back,
+            bytes_in=traffic.back_bytes,
+            drops=traffic.dropped,
+        )
+        await asyncio.wait({shipping})
+        await self._audit.ship()
         if failed is not None:
             failed.result()
 

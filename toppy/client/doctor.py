@@ -16,11 +16,14 @@ from enum import IntEnum
 from typing import Any
 
 from toppy import __version__
+from toppy.auth.oidc import OidcError
+from toppy.auth.token_cache import TokenCacheError
 from toppy.client.lookup import NameLookupError, look_up
 from toppy.client.policy import check_policy, parse_target
 from toppy.client.probe import Probe, ProbeError, ProbeRefusedError
 from toppy.client.session import GatewaySettings
 from toppy.client.settings import LoadedClientConfig, gateway_settings, load_client_config
+from toppy.client.tokens import LoginRequiredError, login_settings, token_source
 from toppy.errors import ConfigError, DeniedError
 from toppy.model.target import Target
 from toppy.quic.choose import SLOW_ENGINE_NOTICE, choose_engine
@@ -105,13 +108,14 @@ async def examine(flag: str | None, environ: Mapping[str, str]) -> Report:
     report = Report()
     loaded = _check_configuration(report, flag, environ)
     settings = None
+    forced = environ.get("TOPPY_DOCTOR_NET", "")
     if loaded is not None:
+        authorization = None if forced else await _check_login(report, loaded, environ)
         try:
-            settings = gateway_settings(loaded)
+            settings = gateway_settings(loaded, authorization)
         except ConfigError as error:
             # the file is there, but not what it names: the configuration cannot be used
             report.checks[0] = Check("cfg.load", Status.FAIL, str(error))
-    forced = environ.get("TOPPY_DOCTOR_NET", "")
     if forced:
         _force(report, NETWORK_CHECKS, forced, "TOPPY_DOCTOR_NET")
     elif loaded is None or settings is None:
@@ -159,6 +163,21 @@ def _check_configuration(
     else:
         report.add("cfg.load", Status.PASS, said)
     return loaded
+
+
+async def _check_login(
+    report: Report, loaded: LoadedClientConfig, environ: Mapping[str, str]
+) -> str | None:
+    """The login's token, renewed where it is too old (T-088)."""
+    if login_settings(loaded, environ) is None:
+        return None
+    try:
+        source = await token_source(loaded, environ)
+    except (LoginRequiredError, OidcError, TokenCacheError) as error:
+        report.add("auth.login", Status.FAIL, str(error))
+        return None
+    report.add("auth.login", Status.PASS, "logged in, the token is good")
+    return source.authorization
 
 
 async def _check_network(

@@ -136,6 +136,11 @@ class GatewaySession:
             self.tunnels.drops[reason] = self.tunnels.drops.get(reason, 0) + count
         return self.tunnels.drops
 
+    def set_authorization(self, token: str) -> None:
+        """Show a newer token from now on; open tunnels go on with it."""
+        self.tunnels.set_authorization(token)
+        self.flush_soon()
+
     def flush_soon(self) -> None:
         """Call it after giving ``tunnels`` something to do."""
         self._arm()

@@ -10,7 +10,7 @@ from pathlib import Path
 from cryptography import x509
 
 from toppy.client.session import GatewaySettings
-from toppy.config.client import ClientConfig, TokenAuth, client_config_path, parse_client_config
+from toppy.config.client import ClientConfig, client_config_path, parse_client_config
 from toppy.errors import ConfigError
 from toppy.model.target import Target
 from toppy.system.files import read_file
@@ -45,11 +45,6 @@ def load_client_config(flag: str | None, environ: Mapping[str, str]) -> LoadedCl
     warnings = []
     if _has_secret(config) and mode & (stat.S_IRGRP | stat.S_IROTH):
         warnings.append(f"{path} has a secret and can be read by others; run: chmod 600 {path}")
-    if config.auth is not None and not isinstance(config.auth, TokenAuth):
-        warnings.append(
-            f'auth.mode = "{config.auth.mode}" needs `toppy login`, which this version does not '
-            'have: no token is sent; use mode = "token"'
-        )
     return LoadedClientConfig(config, path, tuple(warnings))
 
 
@@ -63,8 +58,13 @@ def _has_secret(config: ClientConfig) -> bool:
     return any(secret is not None for secret in secrets)
 
 
-def gateway_settings(loaded: LoadedClientConfig) -> GatewaySettings:
-    """How to reach the gateway. Raises ``ConfigError`` for a CA file that is no use."""
+def gateway_settings(
+    loaded: LoadedClientConfig, authorization: str | None = None
+) -> GatewaySettings:
+    """How to reach the gateway. Raises ``ConfigError`` for a CA file that is no use.
+
+    ``authorization`` is a login's token; without it the configuration's is used.
+    """
     config = loaded.config
     ca = None
     if config.ca_cert_path is not None:
@@ -77,7 +77,7 @@ def gateway_settings(loaded: LoadedClientConfig) -> GatewaySettings:
         server_name=config.server_name or config.gateway,
         template=config.gateway_template or f"https://{authority}{FORWARD_TEMPLATE_PATH}",
         ca_certificates_pem=ca,
-        authorization=token.get_secret_value() if token is not None else None,
+        authorization=authorization or (token.get_secret_value() if token is not None else None),
         engine=config.quic.engine,
         congestion_control=config.quic.congestion_control,
         initial_packet_bytes=max(1200, config.mtu or DEFAULT_MTU),

@@ -24,6 +24,7 @@ class Leg:
     __slots__ = (
         "answers_barrier",
         "answers_due",
+        "authorization",
         "awaits_answers",
         "awaits_barrier",
         "connection",
@@ -34,15 +35,26 @@ class Leg:
         "received",
         "sent",
         "stream_id",
+        "takes_renewal",
         "tunnel",
     )
 
-    def __init__(self, tunnel: ClientTunnel, connection: int, stream_id: int) -> None:
+    def __init__(
+        self,
+        tunnel: ClientTunnel,
+        connection: int,
+        stream_id: int,
+        authorization: str | None = None,
+    ) -> None:
         self.tunnel = tunnel
         self.connection = connection
         self.stream_id = stream_id
         # payloads wait in the tunnel: they outlive the leg
         self.protocol = UdpTunnel(hold_datagrams=0, hold_bytes=0, is_client=True)
+        self.authorization = authorization
+        """The token that the gateway has for it."""
+        self.takes_renewal = False
+        """The gateway takes a newer one (AUTHORIZATION)."""
         self.answers_barrier = False
         """The gateway says when everything sent here has gone to the target (BARRIER)."""
         self.awaits_answers = False

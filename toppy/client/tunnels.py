@@ -22,8 +22,15 @@ from toppy.quic.endpoint import (
     HeadersReceived,
     StreamAborted,
 )
+from toppy.quic.engine import StreamsAvailable
 from toppy.quic.h3 import H3_CONNECT_ERROR, H3_REQUEST_CANCELLED, H3_REQUEST_REJECTED
-from toppy.wire.capsule import BARRIER_FIELD, MOST_BARRIERS, encode_barrier
+from toppy.wire.capsule import (
+    BARRIER_FIELD,
+    MOST_BARRIERS,
+    RENEWAL_FIELD,
+    encode_authorization,
+    encode_barrier,
+)
 from toppy.wire.connect_udp import expand_template, request_headers
 from toppy.wire.proxy_status import explain, parse_proxy_status, recommended_status
 
@@ -104,6 +111,24 @@ class Tunnels:
             return
         self._close(tunnel)
         self.retry_waiting()
+
+    def set_authorization(self, token: str) -> None:
+        """Use a newer token: for requests from now on, and for the tunnels that are open, which
+        then live as long as it does.
+        """
+        self._authorization = token
+        for leg in self._legs.values():
+            self._renew(leg)
+
+    def _renew(self, leg: Leg) -> None:
+        token = self._authorization
+        if token is None or not leg.takes_renewal or leg.authorization == token:
+            return
+        if leg in leg.tunnel.leaving:
+            return
+        leg.authorization = token
+        capsule = encode_authorization(token)
+        self._endpoint.send_body(leg.connection, leg.stream_id, capsule)
 
     def connected(self, connection: int) -> None:
         """A connection is ready: ask for every tunnel on it. Those that are open on an earlier one
@@ -216,6 +241,8 @@ class Tunnels:
                     self._lose(leg)
             case GoawayReceived(connection=connection):
                 self._leave(connection)
+            case StreamsAvailable():
+                self.retry_waiting()
             case _:
                 pass
 
@@ -276,7 +303,8 @@ class Tunnels:
         stream_id = self._endpoint.send_request(connection, headers)
         if stream_id is None:  # it waits until another tunnel ends
             return
-        leg = self._legs[connection, stream_id] = Leg(tunnel, connection, stream_id)
+        leg = Leg(tunnel, connection, stream_id, self._authorization)
+        self._legs[connection, stream_id] = leg
         self._legs_of[connection] += 1
         if current is None:
             tunnel.current = leg
@@ -293,6 +321,8 @@ class Tunnels:
         status = int(headers[b":status"])
         if 200 <= status < 300 and status not in _NO_CAPSULES and not event.ended:
             leg.answers_barrier = headers.get(BARRIER_FIELD[0]) == BARRIER_FIELD[1]
+            leg.takes_renewal = headers.get(RENEWAL_FIELD[0]) == RENEWAL_FIELD[1]
+            self._renew(leg)
             self._open(leg, now)
             return
         proxy_status = headers.get(b"proxy-status")

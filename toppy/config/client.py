@@ -6,10 +6,11 @@ import ipaddress
 import posixpath
 import re
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, SecretStr, field_validator, model_validator
 
+from toppy.config.audit import check_collector_url
 from toppy.config.policy import PolicyRule, name_rules
 from toppy.config.reading import apply_environment, parse_toml, validate
 from toppy.config.section import (
@@ -66,8 +67,20 @@ class TokenAuth(Table):
         return value
 
 
+TokenProtection = Literal["auto", "device", "keyring", "passphrase"]
+
+
+def _protection() -> Any:
+    return setting(
+        "auto",
+        "What encrypts the kept tokens: `device` (a key in a file of this machine's), `keyring` "
+        "(a key in the desktop's), `passphrase` (asked for, or `TOPPY_TOKEN_PASSPHRASE`); `auto`: "
+        "the keyring where there is one, else `device`.",
+    )
+
+
 class OidcDeviceCodeAuth(Table):
-    """OIDC device authorization (RFC 8628); used by `toppy login`, in a later version."""
+    """OIDC device authorization (RFC 8628): `toppy login` shows a code and an address."""
 
     mode: Literal["oidc_device_code"]
     issuer: str = setting(..., "The provider's issuer URL.", min_length=1)
@@ -75,10 +88,11 @@ class OidcDeviceCodeAuth(Table):
     audience: str | None = setting(None, "Asked for in the token.", min_length=1)
     scope: str = setting("openid offline_access", "Scopes, separated by spaces.", min_length=1)
     token_cache_path: str | None = setting(None, "Where tokens are kept.", min_length=1)
+    token_protection: TokenProtection = _protection()
 
 
 class OidcAuthCodePkceAuth(Table):
-    """OIDC authorization code with PKCE; used by `toppy login`, in a later version."""
+    """OIDC authorization code with PKCE: `toppy login` opens the browser."""
 
     mode: Literal["oidc_auth_code_pkce"]
     issuer: str = setting(..., "The provider's issuer URL.", min_length=1)
@@ -86,22 +100,33 @@ class OidcAuthCodePkceAuth(Table):
     audience: str | None = setting(None, "Asked for in the token.", min_length=1)
     scope: str = setting("openid offline_access", "Scopes, separated by spaces.", min_length=1)
     redirect_uri: str = setting(
-        "http://127.0.0.1:8080/callback", "A loopback address.", min_length=1
+        "http://127.0.0.1:8080/callback",
+        "Where the browser is sent back to: a loopback address; port 0 takes any free one, for "
+        "providers that allow it (RFC 8252).",
+        min_length=1,
     )
     token_cache_path: str | None = setting(None, "Where tokens are kept.", min_length=1)
+    token_protection: TokenProtection = _protection()
 
 
 class SamlAuth(Table):
-    """SAML through an OIDC broker; used by `toppy login`, in a later version."""
+    """SAML through an OIDC broker: `toppy login` does the device login there."""
 
     mode: Literal["saml"]
     idp_entity_id: str = setting(..., "The identity provider.", min_length=1)
     sp_entity_id: str | None = setting(None, "The service provider.", min_length=1)
+    broker_hint_parameter: str = setting(
+        "aarc_idp_hint",
+        "The parameter that tells the broker which identity provider to use (AARC-G061); with "
+        "Keycloak `kc_idp_hint`, and its alias as `idp_entity_id`.",
+        pattern=r"^[A-Za-z0-9_.-]+$",
+    )
     broker_issuer: str = setting(..., "The broker's issuer URL.", min_length=1)
     broker_client_id: str = setting(..., "This client's ID there.", min_length=1)
     broker_audience: str | None = setting(None, "Asked for in the token.", min_length=1)
     broker_scope: str = setting("openid offline_access", "Scopes.", min_length=1)
     token_cache_path: str | None = setting(None, "Where tokens are kept.", min_length=1)
+    token_protection: TokenProtection = _protection()
 
 
 Auth = TokenAuth | OidcDeviceCodeAuth | OidcAuthCodePkceAuth | SamlAuth
@@ -158,13 +183,50 @@ class ClientConfig(Section):
     udp_max_peers: int = setting(
         128, "Local peers at once; further ones are dropped.", ge=1, le=65535
     )
-    audit_log_path: str | None = setting(None, "Used by a later version.", min_length=1)
-    audit_signing_key: SecretStr | None = setting(None, "Used by a later version.")
-    audit_ship_url: str | None = setting(None, "Used by a later version.", min_length=1)
-    audit_ship_token: SecretStr | None = setting(None, "Used by a later version.")
-    audit_ship_timeout_secs: float = setting(3.0, "Used by a later version.", gt=0)
+    audit_log_path: str | None = setting(
+        None,
+        "The audit log. Default: `$XDG_DATA_HOME/toppy/audit.jsonl`, else "
+        "`~/.local/share/toppy/audit.jsonl`.",
+        min_length=1,
+    )
+    audit_signing_key: SecretStr | None = setting(
+        None, "Signs its entries: an HMAC secret, or an Ed25519 private key in PEM."
+    )
+    audit_ship_url: str | None = setting(
+        None, "Entries are sent there too, by HTTP POST.", min_length=1
+    )
+    audit_ship_token: SecretStr | None = setting(None, "Bearer token for it.")
+    audit_ship_timeout_secs: float = setting(3.0, "For one request.", gt=0, le=300)
+    audit_ship_retries: int = setting(
+        2, "Of `toppy audit ship`, after a first attempt.", ge=0, le=20
+    )
+    audit_ship_backoff_ms: int = setting(
+        250, "Before the first retry; doubles from then on.", ge=1, le=60_000
+    )
+    audit_ship_batch_size: int = setting(
+        100,
+        "Entries of one request of `toppy audit ship`, as a JSON array; 1: one, as an object.",
+        ge=1,
+        le=10_000,
+    )
+    audit_verify_url: str | None = setting(
+        None, "Where `toppy audit remote-verify` sends the log.", min_length=1
+    )
+    audit_verify_token: SecretStr | None = setting(None, "Bearer token for it.")
+    audit_verify_timeout_secs: float = setting(5.0, "For one request.", gt=0, le=300)
+    audit_verify_retries: int = setting(2, "After a first attempt.", ge=0, le=20)
+    audit_verify_backoff_ms: int = setting(
+        250, "Before the first retry; doubles from then on.", ge=1, le=60_000
+    )
 
-    @field_validator("auth_token", "audit_ship_token")
+    @field_validator("audit_ship_url", "audit_verify_url")
+    @classmethod
+    def _collector(cls, value: str | None) -> str | None:
+        if value is not None:
+            check_collector_url(value)
+        return value
+
+    @field_validator("auth_token", "audit_ship_token", "audit_verify_token")
     @classmethod
     def _sendable(cls, value: SecretStr | None) -> SecretStr | None:
         if value is not None:
@@ -212,6 +274,19 @@ ENVIRONMENT: Mapping[str, str] = {
     "TOPPY_QUIC_ENGINE": "quic.engine",
     "TOPPY_UDP_IDLE_SECS": "udp_idle_s",
     "TOPPY_UDP_MAX_PEERS": "udp_max_peers",
+    "TOPPY_AUDIT_LOG": "audit_log_path",
+    "TOPPY_AUDIT_SIGNING_KEY": "audit_signing_key",
+    "TOPPY_AUDIT_SHIP_URL": "audit_ship_url",
+    "TOPPY_AUDIT_SHIP_TOKEN": "audit_ship_token",
+    "TOPPY_AUDIT_SHIP_TIMEOUT": "audit_ship_timeout_secs",
+    "TOPPY_AUDIT_SHIP_RETRIES": "audit_ship_retries",
+    "TOPPY_AUDIT_SHIP_BACKOFF_MS": "audit_ship_backoff_ms",
+    "TOPPY_AUDIT_SHIP_BATCH_SIZE": "audit_ship_batch_size",
+    "TOPPY_AUDIT_VERIFY_URL": "audit_verify_url",
+    "TOPPY_AUDIT_VERIFY_TOKEN": "audit_verify_token",
+    "TOPPY_AUDIT_VERIFY_TIMEOUT": "audit_verify_timeout_secs",
+    "TOPPY_AUDIT_VERIFY_RETRIES": "audit_verify_retries",
+    "TOPPY_AUDIT_VERIFY_BACKOFF_MS": "audit_verify_backoff_ms",
 }
 """Which key each variable overrides."""
 

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, SecretStr, field_validator, model_validator
 
 from toppy.config.address import parse_host_port
+from toppy.config.audit import AuditSection
 from toppy.config.policy import PolicyRule, name_rules
 from toppy.config.reading import apply_environment, parse_toml, suggest, validate
 from toppy.config.section import (
@@ -160,12 +161,67 @@ class JwtSection(Section):
         return self
 
 
+class RoleSection(Section):
+    """A claim of the issuer's tokens, and the role that it gives; rules name roles."""
+
+    role: str = setting(..., "What rules call it (`roles`).", min_length=1, applies="hot")
+    claim: str = setting(
+        ...,
+        "Of the token; `realm_access.roles` is `roles` in the table `realm_access`.",
+        min_length=1,
+        applies="hot",
+    )
+    values: CommaList = setting(
+        ..., "The claim is, or has in its list, any of these.", min_length=1, applies="hot"
+    )
+
+
+class OidcSection(Section):
+    """Access tokens (JWT) of an OpenID issuer. While it is down, the keys that are known serve."""
+
+    issuer: str = setting(
+        "", "Issuer URL, exactly as the provider writes it; https.", applies="hot"
+    )
+    audience: str = setting(
+        "", "Required in `aud`: what the provider calls this gateway.", applies="hot"
+    )
+    leeway_s: float = setting(
+        60.0, "Clock difference allowed, in seconds.", ge=0, le=600, applies="hot"
+    )
+    refresh_s: float = setting(
+        300.0, "Keys are fetched so often, in seconds.", ge=10, le=86_400, applies="hot"
+    )
+    roles: tuple[RoleSection, ...] = setting((), "See below.", applies="hot")
+
+    @property
+    def is_configured(self) -> bool:
+        """Whether there is an issuer."""
+        return bool(self.issuer)
+
+    @model_validator(mode="after")
+    def _complete(self) -> OidcSection:
+        if bool(self.issuer) != bool(self.audience):
+            missing = "audience" if self.issuer else "issuer"
+            raise ValueError(
+                f"issuer and audience go together; {missing} is missing (without an audience, "
+                "tokens that the issuer made for others would be taken)"
+            )
+        if not self.issuer and self.model_fields_set:
+            raise ValueError("needs issuer and audience")
+        if self.issuer and not re.fullmatch(
+            r"https://[!-~]+|http://(localhost|127\.0\.0\.1|\[::1\])([:/][!-~]*)?", self.issuer
+        ):
+            raise ValueError("issuer: must begin with https:// (http:// only on loopback)")
+        return self
+
+
 class AuthSection(Section):
     """Who may use the gateway. Every method that is configured is accepted."""
 
     token: SecretStr | None = setting(None, "A shared token, at least 8 characters.", applies="hot")
     token_file: str = setting("", "File with the shared token; mode 0600.", applies="hot")
     jwt: JwtSection = Field(default_factory=JwtSection)
+    oidc: OidcSection = Field(default_factory=OidcSection)
 
     @field_validator("token")
     @classmethod
@@ -183,7 +239,9 @@ class AuthSection(Section):
     @property
     def is_configured(self) -> bool:
         """Whether anybody must prove anything."""
-        return bool(self.token or self.token_file or self.jwt.is_configured)
+        return bool(
+            self.token or self.token_file or self.jwt.is_configured or self.oidc.is_configured
+        )
 
 
 class PolicySection(Section):
@@ -215,7 +273,8 @@ class QuicSection(Section):
     )
     initial_packet_bytes: int = setting(
         1350,
-        "UDP payload of the first packets; below 1,280 an inner QUIC handshake does not fit.",
+        "UDP payload of the first packets, which every path must carry: 1,232 where IPv6 has an "
+        "MTU of 1,280. Below 1,280 an inner QUIC handshake does not fit.",
         ge=1200,
         le=9000,
         applies="reload",
@@ -231,6 +290,12 @@ class QuicSection(Section):
         True, "Send in batches (UDP_SEGMENT); switches itself off where refused.", applies="reload"
     )
     gro: bool = setting(True, "Receive in batches (UDP_GRO).", applies="reload")
+    session_resumption: bool = setting(
+        True,
+        "A client that comes back within six hours skips the certificate, at every worker (native "
+        "engine). Never 0-RTT.",
+        applies="reload",
+    )
 
     @model_validator(mode="after")
     def _ordered(self) -> QuicSection:
@@ -410,8 +475,8 @@ class GatewayConfig(Section):
     )
     pin_workers: bool = setting(
         False,
-        "Keep each worker on one core, in turn, of those that the gateway may use. Helps where they "
-        "are not shared with much else.",
+        "Keep each worker on one core, in turn, of those that the gateway may use. Helps where "
+        "they are not shared with much else.",
         applies="reload",
     )
     runtime_dir: str = setting(
@@ -432,6 +497,7 @@ class GatewayConfig(Section):
     reload: ReloadSection = Field(default_factory=ReloadSection)
     resolver: ResolverSection = Field(default_factory=ResolverSection)
     log: LogSection = Field(default_factory=LogSection)
+    audit: AuditSection = Field(default_factory=AuditSection)
 
     @property
     def worker_count(self) -> int:
@@ -454,11 +520,17 @@ class GatewayConfig(Section):
 
     @model_validator(mode="after")
     def _safe(self) -> GatewayConfig:
+        self.check_authentication()
+        return self
+
+    def check_authentication(self) -> None:
+        """Who comes from elsewhere must prove who they are. Raises ``ValueError``."""
         if not self.insecure_no_auth:
             if self.auth.is_configured:
-                return self
+                return
             raise ValueError(
-                "no authentication is configured: set auth.token_file or [auth.jwt] "
+                "no authentication is configured: set auth.token_file, [auth.jwt] or "
+                "[auth.oidc] "
                 "(or TOPPY_GW_TOKEN), or insecure_no_auth = true on loopback addresses"
             )
         for text in self.listen.quic:
@@ -468,7 +540,6 @@ class GatewayConfig(Section):
                     f"insecure_no_auth = true is refused on {text}: without authentication the "
                     "gateway listens on loopback addresses only"
                 )
-        return self
 
 
 ENVIRONMENT: Mapping[str, str] = {
@@ -482,6 +553,10 @@ ENVIRONMENT: Mapping[str, str] = {
     "TOPPY_GW_JWT_AUD": "auth.jwt.audience",
     "TOPPY_GW_LOG_LEVEL": "log.level",
     "TOPPY_GW_RUNTIME_DIR": "runtime_dir",
+    "TOPPY_GW_AUDIT_LOG": "audit.path",
+    "TOPPY_GW_AUDIT_SIGNING_KEY": "audit.signing_key",
+    "TOPPY_GW_AUDIT_SHIP_URL": "audit.ship_url",
+    "TOPPY_GW_AUDIT_SHIP_TOKEN": "audit.ship_token",
     "TOPPY_QUIC_ENGINE": "quic.engine",
 }
 """Which key each variable overrides."""
@@ -520,6 +595,11 @@ def parse_gateway_config(text: str, source: str, environ: Mapping[str, str]) -> 
 
 def _replace_files(data: dict[str, Any], environ: Mapping[str, str]) -> None:
     """A secret in the environment stands in the place of the file's, however that was given."""
+    audit = data.get("audit")
+    if isinstance(audit, dict):
+        for name in ("signing_key", "ship_token"):
+            if environ.get(f"TOPPY_GW_AUDIT_{name.upper()}"):
+                audit.pop(f"{name}_file", None)
     auth = data.get("auth")
     if not isinstance(auth, dict):
         return

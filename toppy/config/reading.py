@@ -19,7 +19,12 @@ from toppy.errors import ConfigError
 Model = TypeVar("Model", bound=BaseModel)
 Location = tuple[str | int, ...]
 
-_SECRET_KEYS = frozenset({"token", "secret", "auth_token", "audit_signing_key", "audit_ship_token"})
+_SECRET_KEYS = frozenset(
+    {
+        *("token", "secret", "auth_token", "signing_key", "ship_token"),
+        *("audit_signing_key", "audit_ship_token", "audit_verify_token"),
+    }
+)
 _MAX_VALUE_CHARACTERS = 120
 
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+\Z")

@@ -61,6 +61,7 @@ def render_reference() -> str:
             {
                 **client.ENVIRONMENT,
                 "TOPPY_CONFIG": "",
+                "TOPPY_TOKEN_PASSPHRASE": "opens the token cache, where a passphrase protects it",
                 "TOPPY_DOCTOR_NET": "`pass`, `fail` or `skip` instead of the network checks",
                 "TOPPY_DOCTOR_TUN": "`pass`, `fail` or `skip` instead of the TUN check",
                 "TOPPY_DOCTOR_TARGET": "`IP:PORT` that `toppy doctor` asks the policy about",
@@ -83,6 +84,8 @@ def _subsections(model: type[BaseModel], prefix: str, *, shows_applies: bool) ->
                 continue
             modes = section.model_fields.get("mode")
             title = f"[{prefix}{name}]"
+            if get_origin(field.annotation) is tuple:
+                title = f"[{title}]"
             if modes is not None:
                 title += f" with mode = {get_args(modes.annotation)[0]!r}".replace("'", '"')
             yield f"### `{title}`\n"

@@ -5,12 +5,15 @@ HTTP with JSON. A refusal says the cause and what to do next: ``{"error": "…"}
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
+from http import HTTPStatus
 from typing import Any, Protocol, TypeVar
 
 import msgspec
 from starlette.applications import Starlette
-from starlette.requests import Request
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
@@ -19,6 +22,7 @@ from toppy.errors import ToppyError
 ADMIN_SOCKET = "admin.sock"
 _NO_STORE = {"cache-control": "no-store"}
 _MAX_BODY_BYTES = 4096
+_BODY_DEADLINE_S = 5.0
 
 _Wish = TypeVar("_Wish", bound=msgspec.Struct)
 
@@ -94,7 +98,18 @@ def admin_app(operations: Operations) -> Starlette:
     async def stop(_: Request) -> dict[str, Any]:
         return operations.stop()
 
+    async def refuse(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+            allowed = (error.headers or {}).get("Allow", "").split(", ")
+            method = next(each for each in allowed if each != "HEAD")
+            why = f"{request.url.path} is asked for with {method}, not with {request.method}"
+        else:
+            why = f"there is no {request.url.path} here; docs/operations.md lists what there is"
+        return _refusal(why, error.status_code)
+
     return Starlette(
+        exception_handlers={HTTPException: refuse},
         routes=[
             _route("GET", "/status", status),
             _route("POST", "/reload", reload),
@@ -104,18 +119,34 @@ def admin_app(operations: Operations) -> Starlette:
             _route("GET", "/tunnels", tunnels),
             _route("POST", "/kick", kick),
             _route("POST", "/stop", stop),
-        ]
+        ],
     )
 
 
 async def _read(request: Request, kind: type[_Wish]) -> _Wish:
-    body = await request.body()
-    if len(body) > _MAX_BODY_BYTES:
-        raise AdminError("the request is too long", status=400)
+    body = b""
+    try:
+        async with asyncio.timeout(_BODY_DEADLINE_S):
+            async for part in request.stream():
+                body += part
+                if len(body) > _MAX_BODY_BYTES:
+                    raise AdminError("the request is too long", status=400)
+    except TimeoutError:
+        raise AdminError(
+            f"the request is not complete after {_BODY_DEADLINE_S:.0f} s", status=400
+        ) from None
+    except ClientDisconnect:
+        raise AdminError("the request is not complete", status=400) from None
     try:
         return msgspec.json.decode(body or b"{}", type=kind)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise AdminError(f"the request is not understood: {error}", status=400) from None
+
+
+def _refusal(why: str, status: int) -> Response:
+    # whatever else the client sends is not waited for
+    headers = {**_NO_STORE, "connection": "close"}
+    return JSONResponse({"error": why}, status_code=status, headers=headers)
 
 
 def _route(method: str, path: str, answer: Callable[[Request], Awaitable[dict[str, Any]]]) -> Route:
@@ -123,7 +154,6 @@ def _route(method: str, path: str, answer: Callable[[Request], Awaitable[dict[st
         try:
             return JSONResponse(await answer(request), headers=_NO_STORE)
         except ToppyError as error:
-            status = error.status if isinstance(error, AdminError) else 409
-            return JSONResponse({"error": str(error)}, status_code=status, headers=_NO_STORE)
+            return _refusal(str(error), error.status if isinstance(error, AdminError) else 409)
 
     return Route(path, endpoint, methods=[method])

@@ -11,8 +11,10 @@ import socket
 from collections.abc import Callable
 from typing import Literal, cast
 
-from toppy.auth.authenticator import Authenticator
-from toppy.auth.jwt import AuthenticationError
+from toppy.auth.authenticator import Authenticated, Authenticator
+from toppy.auth.issuer import NoKeysError
+from toppy.auth.jwt import AuthenticationError, UnknownKeyError
+from toppy.control.issuer_keys import IssuerKeys
 from toppy.errors import TargetError
 from toppy.model.grant import Denial, Grant
 from toppy.model.target import Target
@@ -36,24 +38,28 @@ class Admission:
         ruleset: Ruleset,
         resolver: Resolver,
         clock: Callable[[], float],
+        issuer_keys: IssuerKeys | None = None,
     ) -> None:
         self._authenticator = authenticator
         self._ruleset = ruleset
         self._resolver = resolver
         self._clock = clock
+        self._issuer_keys = issuer_keys
 
     def is_valid(self, authorization: str | None) -> bool:
         """Whether a credential is good, whatever it would be used for."""
         try:
             self._authenticator.authenticate(authorization, self._clock())
-        except AuthenticationError:
+        except AuthenticationError as error:
+            if isinstance(error, UnknownKeyError) and self._issuer_keys is not None:
+                self._issuer_keys.want()
             return False
         return True
 
     async def decide(self, request: AdmissionRequest) -> Grant | Denial:
         """Grant or denial; never raises for what a client or a target did."""
         try:
-            who = self._authenticator.authenticate(request.authorization, self._clock())
+            who = await self._authenticate(request.authorization)
         except AuthenticationError as error:
             return Denial(401, "http_request_denied", str(error))
         identity = who.identity
@@ -70,16 +76,21 @@ class Admission:
         target = Target(request.host, request.port, cast(Literal["udp", "tcp"], request.protocol))
         early = self._ruleset.may_resolve(identity, target)
         if not early.is_allowed:
-            return Denial(403, "http_request_denied", early.reason, early.rule)
+            return Denial(
+                403, "http_request_denied", early.reason, early.rule, subject=identity.subject
+            )
         try:
-            addresses = await self._addresses(target.host)
+            if request.address:
+                addresses: tuple[str, ...] = (request.address,)
+            else:
+                addresses = await self._addresses(target.host)
             own = frozenset(form for address in addresses for form in _own_forms(address))
         except TargetError as error:
-            return Denial(error.status, error.proxy_status, str(error))
+            return Denial(error.status, error.proxy_status, str(error), subject=identity.subject)
         decision = self._ruleset.decide(identity, target, addresses, own_addresses=own)
         if not decision.is_allowed:
             kind = "destination_ip_prohibited" if decision.category else "http_request_denied"
-            return Denial(403, kind, decision.reason, decision.rule)
+            return Denial(403, kind, decision.reason, decision.rule, subject=identity.subject)
         return Grant(
             addresses=decision.addresses,
             port=target.port,
@@ -89,12 +100,23 @@ class Admission:
             expires_at=who.expires_at,
         )
 
+    async def _authenticate(self, authorization: str | None) -> Authenticated:
+        try:
+            return self._authenticator.authenticate(authorization, self._clock())
+        except UnknownKeyError:
+            # the issuer may have changed its keys since they were fetched
+            if self._issuer_keys is None or not await self._issuer_keys.wait_for_newer():
+                raise
+        return self._authenticator.authenticate(authorization, self._clock())
+
     def recheck(self, tunnel: LiveTunnel) -> Denial | None:
         """Why a live tunnel would not be granted any more; None: it would. Nothing is resolved
         anew: a tunnel stays with the address that it has.
         """
         try:
             who = self._authenticator.authenticate(tunnel.authorization, self._clock())
+        except NoKeysError:
+            return None  # the grant ends with the token; until then it was good
         except AuthenticationError as error:
             return Denial(401, "http_request_denied", str(error))
         if not tunnel.address:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import socket
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,14 @@ from toppy.config.changes import changed_settings
 from toppy.control import operators
 from toppy.control.admin import ADMIN_SOCKET, AdminError, admin_app
 from toppy.control.admission import Admission
+from toppy.control.audit_writer import OPERATOR, AuditWriter
+from toppy.control.found_workers import as_it_listens, find_workers
+from toppy.control.generation import SettingsFor
 from toppy.control.health import health_app, serve_http
-from toppy.control.listeners import Listeners, close_all, named
+from toppy.control.issuer_keys import IssuerKeys
+from toppy.control.leftovers import end_leftovers, usable_state
+from toppy.control.listeners import Listeners, close_all
+from toppy.control.recheck import Recheck
 from toppy.control.rollouts import Outcome, Plan, Rollouts
 from toppy.control.runtime import (
     Keys,
@@ -31,31 +39,37 @@ from toppy.control.saved_state import (
     FORMAT,
     SavedState,
     SavedWorker,
-    read_state,
+    digest_of,
     remove_state,
     write_state,
 )
 from toppy.control.settings import GatewaySettings, load_settings
 from toppy.control.statistics import Statistics
-from toppy.control.supervisor import (
-    Supervisor,
-    find_saved_worker,
+from toppy.control.supervisor import Supervisor
+from toppy.control.tunnel_audit import TunnelAudit
+from toppy.control.upgrade import (
+    Upgrade,
+    become_new_code,
+    check_nothing_needs_a_restart,
+    try_new_code,
 )
-from toppy.control.upgrade import become_new_code, try_new_code
+from toppy.control.worker_settings import worker_settings
 from toppy.errors import ConfigError, ResourceLimitError, ToppyError
 from toppy.ipc.control_channel import ControlServer
-from toppy.model.counters import WorkerCounters
+from toppy.model.audit_event import AuditAction
+from toppy.model.counters import counted
 from toppy.model.target import Target
 from toppy.net.resolver import Resolver
 from toppy.observe.log import configure_logging, get_logger
-from toppy.observe.metrics import WorkerSnapshot, render_metrics
+from toppy.observe.metrics import render_metrics
 from toppy.policy.ruleset import Ruleset
+from toppy.protocol.rollout import RolloutState
 from toppy.quic.choose import SLOW_ENGINE_NOTICE, choose_engine
 from toppy.system.descriptors import hand_over, inherited_sockets
-from toppy.system.processes import Process, usable_cores
+from toppy.system.processes import Process
 from toppy.system.service_manager import ServiceManager
+from toppy.system.stop_signals import release_stop_signals
 from toppy.wire.connection_id import MAX_SLOTS
-from toppy.wire.ipc_message import WorkerSettings
 
 _STOP_DEADLINE_S = 4.0
 """Below the 5 s in which SIGTERM must have done its work."""
@@ -77,19 +91,20 @@ class ControlPlane:
         self._revision = 1
         self._started_at = time.time()
         self._is_serving = False
-        self._is_upgrading = False
+        self._upgrade = Upgrade()
+        self._is_stop_wanted = False
         self._last_reload: dict[str, Any] | None = None
         self._services = ServiceManager()
         self._stopping = asyncio.Event()
         self._save_is_due = False
-        self._signal_tasks: set[asyncio.Task[None]] = set()
+        self._hangup = asyncio.Event()
         runtime = settings.runtime_dir
         self._lock = lock_runtime_dir(runtime)
-        saved = read_state(runtime)
+        saved = usable_state(runtime)
         inherited = inherited_sockets(os.environ)
         adopted: list[tuple[SavedWorker, Process, socket.socket]] = []
         if saved is not None:
-            adopted = _find_workers(saved, str(runtime), inherited)
+            adopted = find_workers(saved, str(runtime), inherited)
             if saved.generation_active not in {g.number for g in saved.generations}:
                 # it died before any generation served: there is nothing to go on with
                 for _, process, line in adopted:
@@ -103,7 +118,18 @@ class ControlPlane:
         self._keys = Keys.of(settings, saved)
         if saved is not None and not settings.config.tls.certificate:
             self._settings = self._load()
+        if saved is not None and adopted:
+            wanted = self._settings.config
+            config = as_it_listens(wanted, saved, inherited)
+            self._settings = replace(self._settings, config=config)
+            for key in changed_settings(config, wanted):
+                _log.warning("configuration", warning=f"{key} changed: applies at the next restart")
+        self._audit = AuditWriter(settings.audit)
+        self._tunnel_audit = TunnelAudit(self._audit)
         try:
+            if not adopted:  # what runs already goes on; the log is tried again and again
+                self._audit.open()
+            end_leftovers(runtime, except_slots={worker.slot for worker, _, _ in adopted})
             self._bind(inherited)
         except BaseException:
             close_all(inherited)
@@ -111,6 +137,7 @@ class ControlPlane:
                 process.forget()
                 line.close()
             raise
+        self._issuer_keys = IssuerKeys(runtime)
         self._statistics = Statistics()
         if saved is not None:
             self._statistics = Statistics(saved.past, saved.latest)
@@ -125,10 +152,19 @@ class ControlPlane:
             self._listeners,
             self._admission_for(self._settings),
             self._statistics,
+            self._tunnel_audit,
             runtime_dir=str(runtime),
             slot_count=self._slot_count,
             on_change=self._save_soon,
         )
+        self._recheck = Recheck(self._supervisor, self._tunnel_audit)
+        self._told = self._digest(self._settings)
+        """What the workers of the active generation were told."""
+        self._needs_reload = False
+        if self._saved is not None:
+            # what is new in the configuration since then takes new workers
+            self._needs_reload = self._saved.is_upgrading or self._saved.told != self._told
+            self._told = self._saved.told
         if saved is not None:
             self._supervisor.deaths = saved.worker_deaths
             self._supervisor.newest = saved.generation
@@ -137,6 +173,8 @@ class ControlPlane:
     def _bind(self, inherited: dict[str, socket.socket]) -> None:
         config = self._settings.config
         self._slot_count = min(config.worker_count * config.reload.generations, MAX_SLOTS)
+        if self._saved is not None:
+            self._slot_count = max(self._slot_count, *self._saved.socket_rows)
         health = inherited.pop(_HEALTH, None)
         self._listeners = Listeners(
             [parse_host_port(text) for text in config.listen.quic],
@@ -161,8 +199,13 @@ class ControlPlane:
 
     def stop(self) -> dict[str, Any]:
         """Begin to end; ``run`` returns within five seconds."""
-        self._stopping.set()
+        self._audit.record(AuditAction.ADMIN_STOP, "gateway", actor=OPERATOR)
+        self._want_stop()
         return {"stopping": True}
+
+    def _want_stop(self) -> None:
+        self._is_stop_wanted = True
+        self._stopping.set()
 
     async def run(self, *, until_serving: bool = False) -> None:
         """Serve until SIGTERM or SIGINT. Raises ``ToppyError`` when it cannot begin.
@@ -171,11 +214,14 @@ class ControlPlane:
         """
         loop = asyncio.get_running_loop()
         for signal_number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(signal_number, self._stopping.set)
+            loop.add_signal_handler(signal_number, self._want_stop)
         tasks: list[asyncio.Task[Any]] = [
             loop.create_task(serve_http(admin_app(self), self._admin_socket, is_public=False)),
             loop.create_task(self._report_to_service_manager()),
+            loop.create_task(self._issuer_keys.run()),
         ]
+        self._audit.start()
+        tasks += self._audit.tasks
         begun = asyncio.Event()
 
         def begin() -> None:
@@ -190,7 +236,9 @@ class ControlPlane:
             tasks.append(loop.create_task(serve_http(app, self._health_socket.dup())))
         beginning = loop.create_task(self._begin(begun))
         tasks.append(beginning)
-        loop.add_signal_handler(signal.SIGHUP, lambda: self._reload_on_signal(beginning))
+        loop.add_signal_handler(signal.SIGHUP, self._hangup.set)
+        tasks.append(loop.create_task(self._reload_on_signals(beginning)))
+        release_stop_signals()
         stop_task = loop.create_task(self._stopping.wait())
         try:
             waited_for = {stop_task, *tasks}
@@ -202,29 +250,34 @@ class ControlPlane:
                     task.result()  # a part of the gateway failed: say why
                     if task is not beginning or until_serving:
                         self._stopping.set()
-            if not self._is_upgrading:
+            if not self._upgrade.is_decided:
                 _log.info("gateway stops")
         finally:
             self._is_serving = False
-            if self._is_upgrading:
+            is_upgrading = self._upgrade.is_decided
+            if is_upgrading:
                 self._supervisor.let_go()
             else:
                 self._services.stopping()
                 await self._rollouts.stop()
                 await self._supervisor.stop(_STOP_DEADLINE_S)
+                self._audit.record(AuditAction.GATEWAY_STOPPED, "gateway")
+            await self._recheck.stop()
+            await self._audit.close()
             for task in [*tasks, stop_task]:
                 task.cancel()
             await asyncio.gather(*tasks, stop_task, return_exceptions=True)
             self._server.close()
             self._admin_socket.close()
-            if not self._is_upgrading:
+            if not is_upgrading:
                 self._clean_up()
-        if self._is_upgrading:
+        if is_upgrading:
             self._become_new_code()
 
     def _clean_up(self) -> None:
         self._listeners.close()
         runtime = self._settings.runtime_dir
+        end_leftovers(runtime)
         remove_state(runtime)
         for name in (ADMIN_SOCKET, "control.sock", "reports.sock"):
             (runtime / name).unlink(missing_ok=True)
@@ -262,10 +315,13 @@ class ControlPlane:
         self._is_serving = True
         self._save()
         self._announce()
-        if saved is not None and saved.is_upgrading:
-            await self._reload_after_upgrade()
+        self._audit.record(
+            AuditAction.GATEWAY_STARTED, "gateway", version=__version__, pid=os.getpid()
+        )
+        if self._needs_reload:
+            await self._reload_adopted()
         elif saved is not None:
-            await self._recheck()
+            await self._recheck.apply()
         self._services.ready()
 
     def _announce(self) -> None:
@@ -285,50 +341,32 @@ class ControlPlane:
         if config.insecure_no_auth and not config.auth.is_configured:
             _log.warning("no authentication: anybody who reaches this address may use it")
 
-    def _worker_settings_for(self, settings: GatewaySettings) -> Any:
-        config, runtime = settings.config, settings.runtime_dir
-        workers = config.worker_count
-        engine = self._engine_of(settings)
-        cores = usable_cores() if config.pin_workers else []
+    def _worker_settings_for(self, settings: GatewaySettings) -> SettingsFor:
+        return worker_settings(
+            settings,
+            self._keys,
+            self._listeners,
+            engine=self._engine_of(settings),
+            refuses_unrecorded=self._audit.refuses,
+            log_level=lambda: self._settings.config.log.level,
+        )
 
-        def settings_for(slot: int, generation: int, place: int, secret: str) -> WorkerSettings:
-            return WorkerSettings(
-                slot=slot,
-                generation=generation,
-                secret=secret,
-                control_address=socket_address(runtime, "control"),
-                report_address=socket_address(runtime, "reports"),
-                runtime_dir=str(runtime),
-                sockets=self._listeners.descriptors(),
-                read=self._listeners.read_by(slot, place, workers),
-                is_steered=self._listeners.is_steered,
-                names=settings.names,
-                proxy_name=config.name,
-                engine=engine,
-                certificate_chain_pem=settings.certificate_chain_pem,
-                private_key_pem=settings.private_key_pem,
-                reset_key=self._keys.reset_key,
-                token_key=self._keys.token_key,
-                quic=config.quic.model_dump(),
-                limits=config.limits.model_dump(),
-                orphan_timeout_s=config.reload.orphan_timeout_s,
-                log_level=self._settings.config.log.level,
-                log_format=config.log.format,
-                core=cores[place % len(cores)] if cores else None,
-            )
-
-        return settings_for
+    def _digest(self, settings: GatewaySettings) -> bytes:
+        told = self._worker_settings_for(settings)(0, 0, 0, "")
+        return digest_of(told, settings.config.worker_count)
 
     def _engine_of(self, settings: GatewaySettings) -> str:
         return choose_engine(settings.config.quic.engine)
 
     def _admission_for(self, settings: GatewaySettings) -> Admission:
         config = settings.config
+        self._issuer_keys.follow(settings.authenticator.oidc, config.auth.oidc.refresh_s)
         return Admission(
             settings.authenticator,
             Ruleset(config.policy.rules, revision=self._revision),
             Resolver(config.resolver.nameservers, config.resolver.timeout_s),
             time.time,
+            self._issuer_keys,
         )
 
     # reload
@@ -337,10 +375,11 @@ class ControlPlane:
         return load_settings(self._path, self._environ, self_signed=self._keys.self_signed)
 
     def _prepare(self) -> Plan:
-        settings = self._load()
+        loaded = self._load()
+        warnings = self._warnings(loaded, ("restart",))
+        settings = loaded.with_running(self._settings)
         config = settings.config
         self._engine_of(settings)
-        warnings = self._warnings(settings, ("restart",))
         wanted = config.worker_count * self._settings.config.reload.generations
         if wanted > self._supervisor.slot_count:
             self._grow(wanted)
@@ -352,6 +391,7 @@ class ControlPlane:
                 # a policy was pushed while the workers came up: it is the newer one
                 adopted = settings.with_hot(self._settings)
             self._revision += 1
+            self._told = self._digest(settings)
             self._adopt_settings(adopted)
             return self._revision
 
@@ -396,6 +436,8 @@ class ControlPlane:
 
     async def reload(self, *, policy_only: bool) -> dict[str, Any]:
         """See ``Operations``. Raises ``ToppyError`` when nothing has changed."""
+        if self._upgrade.is_under_way and not policy_only:
+            raise AdminError("an upgrade is under way, and reloads too; try again when it is over")
         began = time.monotonic()
         self._services.reloading()
         try:
@@ -403,18 +445,24 @@ class ControlPlane:
                 outcome = self._reload_policy(began)
             else:
                 outcome = await self._rollouts.request()
-            await self._recheck()
+            unconfirmed = await self._recheck.apply()
         except ToppyError as error:
             self._conclude_reload(False, str(error), began)
             raise
-        for warning in outcome.warnings:
+        warnings = list(outcome.warnings)
+        for warning in warnings:
             _log.warning("configuration", warning=warning)
+        if unconfirmed:
+            warnings.append(
+                f"{', '.join(unconfirmed)} did not answer: tunnels there that are denied now may "
+                "still be open; each is asked again until it answers, or is replaced"
+            )
         self._save()
         self._conclude_reload(True, f"revision {outcome.revision} serves", began)
         return {
             "generation": outcome.generation,
             "revision": outcome.revision,
-            "warnings": list(outcome.warnings),
+            "warnings": warnings,
             "duration_s": round(time.monotonic() - began, 3),
         }
 
@@ -442,6 +490,7 @@ class ControlPlane:
             "message": message,
             "duration_s": duration_s,
         }
+        self._audit.record(AuditAction.RELOAD, self._settings.source, allowed=ok, reason=message)
         if ok:
             _log.info("reloaded", revision=self._revision, duration_s=duration_s)
         else:
@@ -450,56 +499,50 @@ class ControlPlane:
         if self._is_serving:
             self._services.ready()
 
-    def _reload_on_signal(self, beginning: asyncio.Task[Any]) -> None:
-        async def reload() -> None:
-            await asyncio.wait({beginning})
-            try:
+    async def _reload_on_signals(self, beginning: asyncio.Task[Any]) -> None:
+        """One at a time; signals that come meanwhile are one."""
+        await asyncio.wait({beginning})
+        while True:
+            await self._hangup.wait()
+            await self._upgrade.wait_until_over()
+            self._hangup.clear()
+            with contextlib.suppress(ToppyError):  # it has been logged
                 await self.reload(policy_only=False)
-            except ToppyError:
-                pass  # it has been logged
-            except asyncio.CancelledError:
-                return
-
-        task = asyncio.get_running_loop().create_task(reload())
-        self._signal_tasks.add(task)
-        task.add_done_callback(self._signal_tasks.discard)
-
-    async def _recheck(self) -> None:
-        """Apply the policy that holds now to the tunnels that are open."""
-        admission = self._supervisor.admission
-        live = await self._supervisor.live_tunnels(with_authorization=True)
-        for index, (worker, tunnel) in enumerate(live):
-            denial = admission.recheck(tunnel)
-            if denial is not None:
-                _log.info(
-                    "tunnel cut: the policy denies it now",
-                    tunnel=operators.tunnel_name(worker, tunnel),
-                    subject=tunnel.subject,
-                    rule=denial.rule,
-                    reason=denial.details,
-                )
-                self._supervisor.close_tunnels(worker, [tunnel], denial)
-            if index % 100 == 99:
-                await asyncio.sleep(0)
 
     # upgrade
 
     async def upgrade(self) -> dict[str, Any]:
         """See ``Operations``: try the new code, then become it."""
-        if self._rollouts.state.value != "idle" or not self._is_serving:
-            raise AdminError("a reload is under way; try again when it is over")
-        version = await try_new_code(self._environ)
-        if self._rollouts.state.value != "idle" or not self._is_serving:
-            raise AdminError("a reload is under way; try again when it is over")
+        self._upgrade.begin()
+        try:
+            self._check_upgrade()
+            version = await try_new_code(self._environ)
+            self._check_upgrade()
+        except BaseException:
+            self._upgrade.give_up()
+            raise
         _log.info("upgrade: the new code serves in a trial, becoming it", version=version)
+        self._audit.record(AuditAction.ADMIN_UPGRADE, "gateway", actor=OPERATOR, version=version)
         # the answer goes out first
         asyncio.get_running_loop().call_later(0.1, self._begin_upgrade)
         return {"pid": os.getpid(), "from": __version__, "to": version}
 
+    def _check_upgrade(self) -> None:
+        """Raises ``ToppyError`` that says why it cannot be now."""
+        if self._stopping.is_set() or not self._is_serving:
+            raise AdminError("the gateway starts or stops; nothing has changed")
+        if self._rollouts.state is not RolloutState.IDLE:
+            raise AdminError("a reload is under way; try again when it is over")
+        check_nothing_needs_a_restart(self._settings.config, self._load().config)
+        if not self._save():
+            raise AdminError("what new code must know cannot be saved; the gateway's log says why")
+
     def _begin_upgrade(self) -> None:
-        self._is_upgrading = True
+        if self._stopping.is_set() or not self._save(is_upgrading=True):
+            self._upgrade.give_up()
+            return
+        self._upgrade.decide()
         self._services.reloading()
-        self._save()
         self._stopping.set()
 
     def _become_new_code(self) -> None:
@@ -508,13 +551,13 @@ class ControlPlane:
             sockets[_HEALTH] = self._health_socket
         environ = dict(os.environ)
         hand_over(sockets, environ)
-        become_new_code(environ)
+        become_new_code(environ, to_stop=self._is_stop_wanted)
 
-    async def _reload_after_upgrade(self) -> None:
+    async def _reload_adopted(self) -> None:
         try:
             await self.reload(policy_only=False)
         except ToppyError as error:
-            _log.error("the earlier workers go on after the upgrade", reason=str(error))
+            _log.error("the earlier workers go on as they are", reason=str(error))
 
     # what the next control plane needs
 
@@ -523,11 +566,12 @@ class ControlPlane:
             self._save_is_due = True
             asyncio.get_running_loop().call_soon(self._save)
 
-    def _save(self) -> None:
+    def _save(self, *, is_upgrading: bool = False) -> bool:
+        """Whether the next control plane will know what holds now."""
         self._save_is_due = False
         supervisor, keys = self._supervisor, self._keys
-        if self._stopping.is_set() and not self._is_upgrading:
-            return
+        if self._stopping.is_set() and not self._upgrade.is_decided:
+            return False
         chain, key = keys.self_signed or (b"", b"")
         state = SavedState(
             format=FORMAT,
@@ -545,12 +589,16 @@ class ControlPlane:
             latest=self._statistics.latest,
             workers=supervisor.saved_workers(),
             generations=supervisor.saved_generations(),
-            is_upgrading=self._is_upgrading,
+            is_upgrading=is_upgrading or self._upgrade.is_decided,
+            is_steered=self._listeners.is_steered,
+            told=self._told,
         )
         try:
             write_state(self._settings.runtime_dir, state)
         except OSError as error:
             _log.error("the state for a next control plane cannot be saved", reason=str(error))
+            return False
+        return True
 
     # what operators ask
 
@@ -558,6 +606,7 @@ class ControlPlane:
         """See ``Operations``."""
         if timeout_s is None:
             timeout_s = self._settings.config.reload.drain_timeout_s
+        self._audit.record(AuditAction.ADMIN_DRAIN, what, actor=OPERATOR, timeout_s=timeout_s)
         return operators.drain(self._supervisor, what, timeout_s)
 
     async def connections(self) -> dict[str, Any]:
@@ -570,6 +619,7 @@ class ControlPlane:
 
     async def kick(self, what: str) -> dict[str, Any]:
         """See ``Operations``."""
+        self._audit.record(AuditAction.ADMIN_KICK, what, actor=OPERATOR)
         return await operators.kick(self._supervisor, what)
 
     def status(self) -> dict[str, Any]:
@@ -586,6 +636,7 @@ class ControlPlane:
             "steered": self._listeners.is_steered,
             "rollout": self._rollouts.state.value,
             "last_reload": self._last_reload,
+            "audit": self._audit.facts(),
         } | operators.worker_facts(self._supervisor, self._statistics)
 
     # how it is
@@ -601,24 +652,11 @@ class ControlPlane:
         )
 
     def _metrics(self) -> bytes:
-        supervisor = self._supervisor
-        workers = supervisor.workers
-        snapshots = [
-            WorkerSnapshot(
-                slot=slot,
-                generation=workers[slot].generation.number if slot in workers else 0,
-                is_up=slot in workers and workers[slot].is_serving,
-                counters=counters,
-            )
-            for slot, counters in (
-                {slot: WorkerCounters() for slot in sorted(workers)} | self._statistics.by_slot()
-            ).items()
-        ]
         return render_metrics(
-            snapshots,
+            operators.worker_snapshots(self._supervisor, self._statistics),
             version=__version__,
             engine=self._engine_of(self._settings),
-            worker_deaths=supervisor.deaths,
+            worker_deaths=self._supervisor.deaths,
         )
 
     async def _report_to_service_manager(self) -> None:
@@ -634,38 +672,11 @@ class ControlPlane:
         generations = len(self._supervisor.generations)
         text = (
             f"{self._up_workers()}/{self._settings.config.worker_count} workers, "
-            f"{total.connections_open} connections, {total.tunnels_open} tunnels"
+            f"{counted(total.connections_open, 'connection')}, "
+            f"{counted(total.tunnels_open, 'tunnel')}"
         )
         if generations > 1:
-            text += f", {generations - 1} generations draining"
+            text += f", {counted(generations - 1, 'generation')} draining"
         if self._last_reload is not None and not self._last_reload["ok"]:
             text += f"; last reload failed: {self._last_reload['message']}"
         return text
-
-
-def _find_workers(
-    saved: SavedState, runtime_dir: str, inherited: dict[str, socket.socket]
-) -> list[tuple[SavedWorker, Process, socket.socket]]:
-    """Workers that an earlier control plane left; their copies of the sockets, where we have none,
-    go to ``inherited``.
-    """
-    found = []
-    for each in saved.workers:
-        taken = find_saved_worker(each, runtime_dir)
-        if taken is None:
-            continue
-        process, line, descriptors = taken
-        found.append((each, process, line))
-        rows, at = [], 0
-        for count in saved.socket_rows:
-            rows.append(descriptors[at : at + count])
-            at += count
-        theirs = named(rows) if at == len(descriptors) else {}
-        for name, sock in theirs.items():
-            if name in inherited:
-                sock.close()
-            else:
-                inherited[name] = sock
-        if not theirs:  # it is from before the sockets became more
-            close_all({str(d): socket.socket(fileno=d) for d in descriptors})
-    return found

@@ -70,6 +70,10 @@ class Worker:
         """Whether a message with ``secret`` comes from this worker."""
         return hmac.compare_digest(self.secret.encode(), secret.encode("utf-8", "surrogatepass"))
 
+    def tunnel_name(self, connection: int, quarter_stream_id: int) -> str:
+        """What operators and the audit log call one of its tunnels."""
+        return f"s{self.slot}g{self.generation.number}c{connection}t{quarter_stream_id}"
+
     def handle(self, happened: WorkerInput) -> None:
         """Take one step of the lifecycle; raises ``IllegalTransitionError``."""
         self.state = next_state(self.state, happened)

@@ -47,6 +47,20 @@ class _BriefProtocol(H11Protocol):
         self.loop.call_later(_CONNECTION_LIFETIME_S, transport.abort)
 
 
+class _PatientProtocol(H11Protocol):
+    """The same for those who ask for what takes its time: they have it until they are answered."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self.loop.call_later(_CONNECTION_LIFETIME_S, self._end_unless_busy)
+
+    def _end_unless_busy(self) -> None:
+        if self.cycle is None or self.cycle.response_complete:
+            self.transport.abort()
+        else:
+            self.loop.call_later(_CONNECTION_LIFETIME_S, self._end_unless_busy)
+
+
 class _Server(uvicorn.Server):
     """Leaves signals to the control plane."""
 
@@ -63,7 +77,7 @@ async def serve_http(app: Starlette, sock: socket.socket, *, is_public: bool = T
         access_log=False,
         lifespan="off",
         server_header=False,
-        http=_BriefProtocol if is_public else H11Protocol,
+        http=_BriefProtocol if is_public else _PatientProtocol,
         limit_concurrency=_MAX_CONNECTIONS,
         timeout_keep_alive=5,
         h11_max_incomplete_event_size=8192,

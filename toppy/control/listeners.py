@@ -40,6 +40,7 @@ class Listeners:
         is_steered: bool,
         inherited: Mapping[str, socket.socket] | None = None,
     ) -> None:
+        """Raises ``ConfigError``."""
         self.is_steered = is_steered and steering.is_supported()
         self.slot_count = slot_count if self.is_steered else worker_count
         """Sockets per address."""
@@ -50,11 +51,13 @@ class Listeners:
         self.addresses: tuple[Address, ...] = ()
         port_for_zero = 0
         found = _inherited_groups(inherited or {}, addresses)
-        if found:
+        if found and (self.is_steered or len({len(group) for group in found}) == 1):
             self._groups = found
             self.addresses = tuple(_address(group[0]) for group in found)
-            self.slot_count = len(found[0])
+            self.slot_count = max(len(group) for group in found)
             self.is_inherited = True
+            if self.is_steered:
+                self._complete(slot_count)
             return
         try:
             for host, port in addresses:
@@ -70,13 +73,36 @@ class Listeners:
 
     def grow(self, slot_count: int) -> None:
         """More slots, at most 256: a newcomer to a group goes last, so no index changes. Raises
-        ``OSError``.
+        ``OSError``; then nothing has changed.
         """
-        slot_count = min(slot_count, MAX_SLOTS)
-        for (host, port), group in zip(self.addresses, self._groups, strict=True):
-            while len(group) < slot_count:
-                group.append(bind_udp(host, port, reuse_port=True, buffer_bytes=self._buffer_bytes))
-        self.slot_count = max(self.slot_count, slot_count)
+        slot_count = max(self.slot_count, min(slot_count, MAX_SLOTS))
+        added: list[list[socket.socket]] = []
+        try:
+            for (host, port), group in zip(self.addresses, self._groups, strict=True):
+                added.append([])
+                for _ in range(slot_count - len(group)):
+                    added[-1].append(
+                        bind_udp(host, port, reuse_port=True, buffer_bytes=self._buffer_bytes)
+                    )
+        except OSError:
+            # the last one first: what leaves a group in its midst changes the index of another
+            for newcomers in added:
+                for sock in reversed(newcomers):
+                    sock.close()
+            raise
+        for group, newcomers in zip(self._groups, added, strict=True):
+            group.extend(newcomers)
+        self.slot_count = slot_count
+
+    def _complete(self, slot_count: int) -> None:
+        """Of an earlier control plane's groups some may be short: it died while they grew."""
+        try:
+            self.grow(slot_count)
+        except OSError as error:
+            raise ConfigError(
+                f"listen.quic: no more sockets on the listen addresses: {error.strerror}",
+                key="listen.quic",
+            ) from None
 
     def steer(self, active_slots: Sequence[int], live_slots: Sequence[int]) -> None:
         """Send new connections to ``active_slots``, and every other packet to the slot that its
@@ -133,27 +159,39 @@ def named(rows: Sequence[Sequence[int]]) -> dict[str, socket.socket]:
 def _inherited_groups(
     inherited: Mapping[str, socket.socket], addresses: Sequence[Address]
 ) -> list[list[socket.socket]]:
-    """The groups of an earlier control plane, if they are whole and on these addresses."""
+    """The groups of an earlier control plane, if they are on these addresses; the last sockets of
+    one may be missing, no others.
+    """
     groups: list[list[socket.socket]] = []
     for host, port in addresses:
         row = len(groups)
         group: list[socket.socket] = []
         while (sock := inherited.get(f"{_NAME}.{row}.{len(group)}")) is not None:
             group.append(sock)
-        if not group or any(not _is_at(sock, host, port) for sock in group):
+        if not group or not all(_is_bound_to(sock, (host, port)) for sock in group):
+            return []
+        if len(group) != sum(name.startswith(f"{_NAME}.{row}.") for name in inherited):
             return []
         groups.append(group)
-    if len({len(group) for group in groups}) != 1:
-        return []
     return groups
 
 
-def _is_at(sock: socket.socket, host: str, port: int) -> bool:
+def addresses_of(inherited: Mapping[str, socket.socket]) -> list[Address]:
+    """Where an earlier control plane listened."""
+    addresses: list[Address] = []
+    while (sock := inherited.get(f"{_NAME}.{len(addresses)}.0")) is not None:
+        addresses.append(_address(sock))
+    return addresses
+
+
+def is_at(bound: Address, wanted: Address) -> bool:
+    """Whether a socket is where a configuration wants it; port 0 is any."""
+    return bound[0] == wanted[0].partition("%")[0] and wanted[1] in (0, bound[1])
+
+
+def _is_bound_to(sock: socket.socket, wanted: Address) -> bool:
     with contextlib.suppress(OSError):
-        if sock.type != socket.SOCK_DGRAM:
-            return False
-        bound = _address(sock)
-        return bound[0] == host.partition("%")[0] and port in (0, bound[1])
+        return sock.type == socket.SOCK_DGRAM and is_at(_address(sock), wanted)
     return False
 
 

@@ -10,8 +10,9 @@ import uvloop
 
 from toppy import __version__
 from toppy.control.control_plane import ControlPlane
+from toppy.control.saved_state import UnreadableStateError, read_state
 from toppy.control.settings import GatewaySettings, load_settings
-from toppy.control.upgrade import TRIAL_DIRECTORY
+from toppy.control.upgrade import TRIAL_DIRECTORY, UpgradeError
 from toppy.errors import ToppyError
 from toppy.observe.log import configure_logging, get_logger
 from toppy.system.descriptors import raise_descriptor_limit
@@ -21,13 +22,14 @@ _log = get_logger("control")
 
 
 def run_gateway(path: Path | None, environ: Mapping[str, str]) -> int:
-    """Until a signal; returns the exit code."""
+    """Until a signal; returns the exit code. Signals are held until it can obey them."""
     try:
         settings = load_settings(path, environ)
         config = settings.config
         trial = environ.get(TRIAL_DIRECTORY)
         if trial is not None:
             configure_logging("warning", "console", process="trial")
+            _check_state(settings.runtime_dir)
             uvloop.run(_run(settings.for_trial(Path(trial)), path, environ, until_serving=True))
             print(__version__)
             return 0
@@ -45,6 +47,17 @@ def run_gateway(path: Path | None, environ: Mapping[str, str]) -> int:
         print(f"toppy-gw: {first}", file=sys.stderr)
         return 1
     return 0
+
+
+def _check_state(runtime_dir: Path) -> None:
+    """Whether this code can take over what the running gateway will leave to it."""
+    try:
+        read_state(runtime_dir)
+    except UnreadableStateError as error:
+        raise UpgradeError(
+            f"it cannot take over the running workers ({error}); use a restart instead of an "
+            "upgrade: connections end then"
+        ) from None
 
 
 async def _run(

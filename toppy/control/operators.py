@@ -12,19 +12,23 @@ from toppy.control.supervisor import Supervisor
 from toppy.model.counters import WorkerCounters
 from toppy.model.grant import Denial
 from toppy.observe.log import get_logger
+from toppy.observe.metrics import WorkerSnapshot
 from toppy.wire.ipc_message import LiveConnection, LiveTunnel
 
 _WORKER_NAME = re.compile(r"s([0-9]{1,3})")
 _GENERATION_NAME = re.compile(r"g([0-9]{1,9})")
 _TUNNEL_NAME = re.compile(r"s[0-9]+g[0-9]+c[0-9]+t[0-9]+")
 
+_LONGEST_DRAIN_S = 30 * 86_400
+"""As long as ``reload.drain_timeout_s`` may be."""
+
 _log = get_logger("control")
 
 
 def drain(supervisor: Supervisor, what: str, timeout_s: float) -> dict[str, Any]:
     """Drain a worker or a generation by its name. Raises ``AdminError``."""
-    if timeout_s < 0:
-        raise AdminError("a timeout is not negative", status=400)
+    if not 0 <= timeout_s <= _LONGEST_DRAIN_S:
+        raise AdminError(f"a timeout is 0 to {_LONGEST_DRAIN_S} s", status=400)
     if named_worker := _WORKER_NAME.fullmatch(what):
         worker = supervisor.workers.get(int(named_worker[1]))
         if worker is None:
@@ -61,8 +65,9 @@ def drain(supervisor: Supervisor, what: str, timeout_s: float) -> dict[str, Any]
 
 async def connections(supervisor: Supervisor) -> dict[str, Any]:
     """Every open connection."""
-    live = await supervisor.live_connections()
+    live = await supervisor.lists.connections()
     return {
+        "unanswered": live.unanswered,
         "connections": [
             {
                 "name": _connection_name(worker, each),
@@ -74,15 +79,16 @@ async def connections(supervisor: Supervisor) -> dict[str, Any]:
                 "since": each.opened_at,
                 "round_trip_s": each.round_trip_s,
             }
-            for worker, each in live
-        ]
+            for worker, each in live.found
+        ],
     }
 
 
 async def tunnels(supervisor: Supervisor) -> dict[str, Any]:
     """Every open tunnel."""
-    live = await supervisor.live_tunnels()
+    live = await supervisor.lists.tunnels()
     return {
+        "unanswered": live.unanswered,
         "tunnels": [
             {
                 "name": tunnel_name(worker, each),
@@ -94,8 +100,8 @@ async def tunnels(supervisor: Supervisor) -> dict[str, Any]:
                 "datagrams_to_target": each.datagrams_to_target,
                 "datagrams_to_client": each.datagrams_to_client,
             }
-            for worker, each in live
-        ]
+            for worker, each in live.found
+        ],
     }
 
 
@@ -104,18 +110,24 @@ async def kick(supervisor: Supervisor, what: str) -> dict[str, Any]:
     is_tunnel = _TUNNEL_NAME.fullmatch(what) is not None
     denial = Denial(403, "connection_terminated", "an operator of the gateway ended the tunnel")
     closed = 0
-    for worker, tunnel in await supervisor.live_tunnels():
+    live = await supervisor.lists.tunnels()
+    for worker, tunnel in live.found:
         name = tunnel_name(worker, tunnel)
         if what == (name if is_tunnel else tunnel.subject):
             supervisor.close_tunnels(worker, [tunnel], denial)
             _log.info("tunnel cut by an operator", tunnel=name, subject=tunnel.subject)
             closed += 1
+    if not closed and live.silent:
+        raise AdminError(
+            f"{', '.join(live.unanswered)} did not answer, and no other worker has a tunnel with "
+            f"the name or subject {what!r}; try again"
+        )
     if not closed:
         raise AdminError(
             f"no open tunnel has the name or subject {what!r}; see: toppy-gw tunnels",
             status=404,
         )
-    return {"closed": closed}
+    return {"closed": closed, "unanswered": live.unanswered}
 
 
 def worker_facts(supervisor: Supervisor, statistics: Statistics) -> dict[str, Any]:
@@ -148,6 +160,21 @@ def worker_facts(supervisor: Supervisor, statistics: Statistics) -> dict[str, An
     }
 
 
+def worker_snapshots(supervisor: Supervisor, statistics: Statistics) -> list[WorkerSnapshot]:
+    """For metrics: of workers that run, and of slots that had one."""
+    workers = supervisor.workers
+    counted = {slot: WorkerCounters() for slot in sorted(workers)} | statistics.by_slot()
+    return [
+        WorkerSnapshot(
+            slot=slot,
+            generation=workers[slot].generation.number if slot in workers else 0,
+            is_up=slot in workers and workers[slot].is_serving,
+            counters=counters,
+        )
+        for slot, counters in counted.items()
+    ]
+
+
 def _worker_status(worker: Worker, counters: WorkerCounters) -> dict[str, Any]:
     return {
         "name": f"s{worker.slot}",
@@ -171,6 +198,4 @@ def _connection_name(worker: Worker, connection: LiveConnection) -> str:
 
 def tunnel_name(worker: Worker, tunnel: LiveTunnel) -> str:
     """What operators call it."""
-    return (
-        f"s{worker.slot}g{worker.generation.number}c{tunnel.connection}t{tunnel.quarter_stream_id}"
-    )
+    return worker.tunnel_name(tunnel.connection, tunnel.quarter_stream_id)

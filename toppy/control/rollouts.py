@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +14,9 @@ from toppy.control.supervisor import Supervisor
 from toppy.errors import LocalError, ResourceLimitError, ToppyError
 from toppy.observe.log import get_logger
 from toppy.protocol.rollout import Rollout, RolloutCommand, RolloutInput, RolloutState
+
+_SLOTS_DEADLINE_S = 600.0
+"""``reload.when_full = "wait"`` waits no longer."""
 
 _log = get_logger("rollout")
 
@@ -158,6 +162,7 @@ class Rollouts:
         Raises ``ToppyError``.
         """
         supervisor = self._supervisor
+        end = time.monotonic() + _SLOTS_DEADLINE_S
         while True:
             plan = self._prepare()
             supervisor.slot_freed.clear()
@@ -169,10 +174,13 @@ class Rollouts:
                 f"{plan.workers} slots are needed and {len(free)} are free: generations "
                 f"{', '.join(f'g{number}' for number in running)} still run"
             )
-            if not plan.waits_for_slots:
+            left_s = end - time.monotonic()
+            if not plan.waits_for_slots or left_s <= 0:
                 raise ReloadError(
                     f"{why}; end the oldest with `toppy-gw drain g{running[0]} --timeout 10`, or "
                     'set reload.when_full = "wait" or a shorter reload.drain_timeout_s'
                 )
             _log.warning("reload waits for slots", reason=why)
-            await supervisor.slot_freed.wait()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(left_s):
+                    await supervisor.slot_freed.wait()

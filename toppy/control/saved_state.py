@@ -7,16 +7,23 @@ removes it.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
 
 import msgspec
 
+from toppy.errors import ToppyError
 from toppy.model.counters import WorkerCounters
+from toppy.wire.ipc_message import WorkerSettings, encode_settings
 
 _NAME = "state"
 _MAX_BYTES = 16 << 20
 FORMAT = 1
+
+
+class UnreadableStateError(ToppyError):
+    """There is a state, and this code cannot read it: so it cannot take the workers over."""
 
 
 class SavedWorker(msgspec.Struct, frozen=True):
@@ -66,9 +73,22 @@ class SavedState(msgspec.Struct, frozen=True):
     """Of running workers: it counts for those that have ended when the next one comes."""
     is_upgrading: bool = False
     """The control plane replaces its own code: a reload follows."""
+    is_steered: bool | None = None
+    """Whether each worker reads its own slot's sockets; None: not known."""
+    told: bytes = b""
+    """See ``digest_of``: what the workers of the active generation were told."""
 
     def __repr__(self) -> str:
         return f"SavedState(generation={self.generation}, workers={len(self.workers)})"
+
+
+def digest_of(told: WorkerSettings, workers: int) -> bytes:
+    """Tells whether workers would be told other things now than those that run; what differs from
+    one worker to the next, or can be changed while it runs, does not count.
+    """
+    same = msgspec.structs.replace(told, slot=0, generation=0, secret="", sockets=(), read=())
+    same = msgspec.structs.replace(same, log_level="")
+    return hashlib.sha256(b"%d" % workers + encode_settings(same)).digest()
 
 
 _encoder = msgspec.msgpack.Encoder()
@@ -87,13 +107,26 @@ def write_state(runtime_dir: Path, state: SavedState) -> None:
 
 
 def read_state(runtime_dir: Path) -> SavedState | None:
-    """What the last control plane left; None when there is nothing, or nothing of use."""
+    """What the last control plane left; None when there is nothing. Raises
+    ``UnreadableStateError``.
+    """
+    path = runtime_dir / _NAME
     try:
-        with (runtime_dir / _NAME).open("rb") as file:
+        with path.open("rb") as file:
             state = _decoder.decode(file.read(_MAX_BYTES))
-    except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+    except FileNotFoundError:
         return None
-    return state if state.format == FORMAT else None
+    except OSError as error:
+        raise UnreadableStateError(f"{path} cannot be read: {error.strerror}") from None
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        raise UnreadableStateError(
+            f"{path} is damaged, or of another version of toppy-gw"
+        ) from None
+    if state.format != FORMAT:
+        raise UnreadableStateError(
+            f"{path} has format {state.format}, and this version of toppy-gw reads {FORMAT}"
+        )
+    return state
 
 
 def remove_state(runtime_dir: Path) -> None:

@@ -11,14 +11,18 @@ from pathlib import Path
 
 from toppy.auth.authenticator import Authenticator
 from toppy.auth.bearer import StaticToken
+from toppy.auth.issuer import IssuerVerifier, RoleMapping
 from toppy.auth.jwt import JwtVerifier
+from toppy.config.changes import without_restart
 from toppy.config.gateway import (
     AuthSection,
     GatewayConfig,
     LoadedConfig,
+    OidcSection,
     parse_gateway_config,
     resolve_path,
 )
+from toppy.control.audit_settings import AuditSettings, audit_settings
 from toppy.errors import ConfigError
 from toppy.system.certificate_authority import check_pair, issue_self_signed, names_of
 from toppy.system.files import read_file
@@ -48,16 +52,31 @@ class GatewaySettings:
     authenticator: Authenticator = field(repr=False)
     reset_key: bytes = field(repr=False)
     token_key: bytes = field(repr=False)
+    audit: AuditSettings = field(default_factory=AuditSettings)
 
     def with_hot(self, other: GatewaySettings) -> GatewaySettings:
-        """The same with the ``hot`` settings of ``other``."""
+        """The same with the ``hot`` settings of ``other``. Raises ``ConfigError`` where the two
+        together are not safe.
+        """
         hot = {name: getattr(other.config, name) for name in _HOT}
         hot["log"] = self.config.log.model_copy(update={"level": other.config.log.level})
         return replace(
             self,
-            config=self.config.model_copy(update=hot),
+            config=_safe(self.config.model_copy(update=hot)),
             authenticator=other.authenticator,
             warnings=other.warnings,
+        )
+
+    def with_running(self, running: GatewaySettings) -> GatewaySettings:
+        """The same, but what applies at a restart only stays as it is in ``running``.
+
+        Raises ``ConfigError`` where the two together are not safe.
+        """
+        return replace(
+            self,
+            config=_safe(without_restart(running.config, self.config)),
+            runtime_dir=running.runtime_dir,
+            audit=running.audit,
         )
 
     def for_trial(self, runtime_dir: Path) -> GatewaySettings:
@@ -68,7 +87,20 @@ class GatewaySettings:
             self,
             config=config.model_copy(update={"listen": listen, "workers": 1}),
             runtime_dir=runtime_dir,
+            audit=AuditSettings(),  # the log has one writer
         )
+
+
+def _safe(mixed: GatewayConfig) -> GatewayConfig:
+    """A configuration out of two that were valid each."""
+    try:
+        mixed.check_authentication()
+    except ValueError as error:
+        raise ConfigError(
+            f"{error} (these are the addresses that it has; others take a restart)",
+            key="insecure_no_auth",
+        ) from None
+    return mixed
 
 
 def config_path(flag: str | None, environ: Mapping[str, str]) -> Path | None:
@@ -78,7 +110,13 @@ def config_path(flag: str | None, environ: Mapping[str, str]) -> Path | None:
     if environ.get("TOPPY_GW_CONFIG"):
         return Path(environ["TOPPY_GW_CONFIG"])
     system = Path(SYSTEM_CONFIG)
-    return system if system.exists() else None
+    try:
+        system.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError:
+        pass  # something is there; whoever reads it will say why it cannot be
+    return system
 
 
 def load_config(path: Path | None, environ: Mapping[str, str]) -> LoadedConfig:
@@ -155,6 +193,9 @@ def load_settings(
         authenticator=authenticator,
         reset_key=secrets.token_bytes(64),
         token_key=secrets.token_bytes(64),
+        audit=audit_settings(
+            config.audit, base, environ, lambda value, key: _read_text(read, value, key)
+        ),
     )
 
 
@@ -237,5 +278,13 @@ def _authenticator(auth: AuthSection, read: _Read, *, is_open: bool) -> Authenti
             leeway_s=jwt.leeway_s,
         )
     return Authenticator(
-        static_token=StaticToken(token) if token else None, jwt=verifier, is_open=is_open
+        static_token=StaticToken(token) if token else None,
+        jwt=verifier,
+        oidc=_issuer_verifier(auth.oidc) if auth.oidc.is_configured else None,
+        is_open=is_open,
     )
+
+
+def _issuer_verifier(oidc: OidcSection) -> IssuerVerifier:
+    roles = (RoleMapping(each.role, each.claim, each.values) for each in oidc.roles)
+    return IssuerVerifier(oidc.issuer, oidc.audience, leeway_s=oidc.leeway_s, roles=roles)

@@ -15,12 +15,13 @@ from collections.abc import Callable, Iterable, Mapping
 from toppy.control.admission import Admission
 from toppy.control.generation import Generation, GenerationState, SettingsFor, Worker
 from toppy.control.listeners import Listeners
+from toppy.control.live_lists import LiveLists
 from toppy.control.saved_state import SavedGeneration, SavedWorker
 from toppy.control.statistics import Statistics
+from toppy.control.tunnel_audit import TunnelAudit
 from toppy.errors import ResourceLimitError
 from toppy.ipc.control_channel import ControlServer, Peer
-from toppy.ipc.takeover_channel import take_over
-from toppy.ipc.worker_sockets import remove_sockets, takeover_path
+from toppy.ipc.worker_sockets import remove_sockets
 from toppy.model.grant import Denial, Grant
 from toppy.observe.log import get_logger
 from toppy.protocol.backoff import Backoff
@@ -29,19 +30,19 @@ from toppy.protocol.worker_lifecycle import (
     WorkerInput,
     WorkerState,
 )
-from toppy.system.processes import Process, adopt, spawn
+from toppy.system.processes import Process, spawn
 from toppy.wire.ipc_message import (
     PROTOCOL,
     AdmissionRequest,
     Admitted,
+    ClosedTaken,
+    ClosedTunnels,
     CloseTunnels,
     ConnectionPage,
     Drain,
     FromWorker,
     Hello,
     IpcError,
-    ListConnections,
-    ListTunnels,
     LiveConnection,
     LiveTunnel,
     Owners,
@@ -68,7 +69,6 @@ _HEARTBEAT_TIMEOUT_S = 10.0
 """Workers report twice a second; one that is silent for so long hangs."""
 _MAX_DECISIONS = 4096
 """Admissions under way at once; more are answered 429."""
-_LIST_DEADLINE_S = 5.0
 _SECRET_BYTES = 32
 
 _log = get_logger("supervisor")
@@ -86,6 +86,7 @@ class Supervisor:
         listeners: Listeners,
         admission: Admission,
         statistics: Statistics,
+        audit: TunnelAudit,
         *,
         runtime_dir: str,
         slot_count: int,
@@ -96,6 +97,7 @@ class Supervisor:
         self._listeners = listeners
         self.admission = admission
         self._statistics = statistics
+        self._audit = audit
         self._runtime_dir = runtime_dir
         self.slot_count = slot_count
         self._on_change = on_change
@@ -116,8 +118,7 @@ class Supervisor:
         self._is_stopping = False
         self._group: asyncio.TaskGroup | None = None
         self._decisions = 0
-        self._lists: dict[int, _List] = {}
-        self._next_list = 1
+        self.lists = LiveLists(self.workers, self._send)
 
     async def run(self, begin: Callable[[], None]) -> None:
         """Serve until cancelled; ``begin`` is called when workers can be started or taken over,
@@ -279,11 +280,14 @@ class Supervisor:
             else (0, None, -signal.SIGKILL, -signal.SIGTERM)
         )
         was_known = self._forget(worker)
+        has_ended_well = is_wanted and code in ends_well
+        has_died = was_known and not self._is_stopping and not has_ended_well
+        self._audit.worker_ended(worker, exit_code=code, has_died=has_died)
         if self._is_stopping or not was_known:
             return
         lived_s = time.time() - worker.started_at
         generation = worker.generation
-        if is_wanted and code in ends_well:
+        if has_ended_well:
             _log.info("worker ended", slot=worker.slot, generation=generation.number)
         else:
             self.deaths += 1
@@ -346,8 +350,7 @@ class Supervisor:
         worker.close()
         if worker.peer is not None:
             self._by_peer.pop(worker.peer, None)
-        for listing in self._lists.values():
-            listing.end(worker)
+        self.lists.forget(worker)
         if self.workers.get(worker.slot) is not worker:
             return False
         del self.workers[worker.slot]
@@ -492,9 +495,17 @@ class Supervisor:
         match message:
             case TokenRequest():
                 is_valid = self.admission.is_valid(message.authorization)
+                if not is_valid:
+                    self._audit.credential_refused(worker)
                 self._server.send(peer, TokenAnswer(message.request, is_valid))
             case AdmissionRequest():
-                self._admit(peer, message)
+                self._admit(peer, worker, message)
+            case ClosedTunnels():
+
+                def acknowledge(number: int) -> None:
+                    self._send(worker, ClosedTaken(number))
+
+                self._audit.closed(worker, message, acknowledge)
             case TunnelPage(request=request, tunnels=tunnels, is_last=is_last):
                 self._receive_page(worker, request, tunnels, is_last)
             case ConnectionPage(request=request, connections=connections, is_last=is_last):
@@ -503,7 +514,12 @@ class Supervisor:
     def _receive_ready(self, worker: Worker, message: Ready) -> None:
         worker.handle(WorkerInput.READY)
         worker.engine = message.engine
-        _log.info("worker serves", slot=worker.slot, generation=worker.generation.number)
+        _log.info(
+            "worker serves",
+            slot=worker.slot,
+            generation=worker.generation.number,
+            engine=worker.engine,
+        )
         if message.is_draining:
             worker.handle(WorkerInput.DRAIN)
             worker.is_expected_to_end = True
@@ -531,16 +547,16 @@ class Supervisor:
         worker.peer = peer
         self._by_peer[peer] = worker
 
-    def _admit(self, peer: Peer, message: AdmissionRequest) -> None:
+    def _admit(self, peer: Peer, worker: Worker, message: AdmissionRequest) -> None:
         assert self._group is not None
         if self._decisions >= _MAX_DECISIONS:
             denial = Denial(429, "connection_limit_reached", "too many tunnels are being opened")
             self._server.send(peer, Admitted(message.request, None, denial))
             return
         self._decisions += 1
-        self._group.create_task(self._decide(peer, message))
+        self._group.create_task(self._decide(peer, worker, message))
 
-    async def _decide(self, peer: Peer, message: AdmissionRequest) -> None:
+    async def _decide(self, peer: Peer, worker: Worker, message: AdmissionRequest) -> None:
         try:
             while True:
                 admission = self.admission
@@ -549,6 +565,7 @@ class Supervisor:
                     break
         finally:
             self._decisions -= 1
+        decision = self._audit.decided(worker, message, decision)
         if isinstance(decision, Grant):
             self._server.send(peer, Admitted(message.request, decision, None))
         else:
@@ -567,81 +584,33 @@ class Supervisor:
     def _receive_garbage(self, error: IpcError) -> None:
         _log.warning("something else than a message on the control channel", reason=str(error))
 
-    def _send(self, worker: Worker, message: ToWorker) -> None:
-        if worker.peer is not None:
-            self._server.send(worker.peer, message)
+    def _send(self, worker: Worker, message: ToWorker) -> bool:
+        """False: the worker will not hear it."""
+        return worker.peer is not None and self._server.send(worker.peer, message)
 
-    # live tunnels and connections
-
-    async def live_tunnels(
-        self, *, with_authorization: bool = False
-    ) -> list[tuple[Worker, LiveTunnel]]:
-        """Every open tunnel of the workers that answer in time."""
-        found = await self._list(
-            lambda number: ListTunnels(number, with_authorization=with_authorization)
-        )
-        return [(worker, item) for worker, item in found if isinstance(item, LiveTunnel)]
-
-    async def live_connections(self) -> list[tuple[Worker, LiveConnection]]:
-        """Every open connection of the workers that answer in time."""
-        found = await self._list(ListConnections)
-        return [(worker, item) for worker, item in found if isinstance(item, LiveConnection)]
-
-    async def _list(
-        self, question: Callable[[int], ListTunnels | ListConnections]
-    ) -> list[tuple[Worker, LiveTunnel | LiveConnection]]:
-        number, self._next_list = self._next_list, self._next_list + 1
-        asked = [worker for worker in self.workers.values() if worker.is_serving]
-        listing = self._lists[number] = _List(set(asked))
-        try:
-            for worker in asked:
-                self._send(worker, question(number))
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_LIST_DEADLINE_S):
-                    await listing.is_complete.wait()
-        finally:
-            del self._lists[number]
-        return listing.found
+    # live tunnels and connections; see also ``lists``
 
     def _receive_page(
         self,
         worker: Worker,
         number: int,
-        items: Iterable[LiveTunnel | LiveConnection],
+        items: tuple[LiveTunnel | LiveConnection, ...],
         is_last: bool,
     ) -> None:
-        listing = self._lists.get(number)
-        if listing is None or worker not in listing.awaited:
-            return
-        listing.found += [(worker, item) for item in items]
-        if is_last:
-            listing.end(worker)
+        for item in items:
+            if isinstance(item, LiveTunnel):
+                self._audit.seen(worker, item)
+        self.lists.receive(worker, number, items, is_last)
 
-    def close_tunnels(self, worker: Worker, tunnels: Iterable[LiveTunnel], denial: Denial) -> None:
-        """Have live tunnels ended, their clients told why."""
+    def close_tunnels(self, worker: Worker, tunnels: Iterable[LiveTunnel], denial: Denial) -> bool:
+        """Have live tunnels ended, their clients told why. False: the worker will not hear it."""
         keys = tuple((tunnel.connection, tunnel.quarter_stream_id) for tunnel in tunnels)
-        self._send(worker, CloseTunnels(keys, denial))
+        return self._send(worker, CloseTunnels(keys, denial))
 
     def set_log_level(self, level: str) -> None:
         """Of all workers."""
         for worker in self.workers.values():
             self._send(worker, SetLogLevel(level))
-
-
-class _List:
-    """An answer that several workers give in parts."""
-
-    def __init__(self, awaited: set[Worker]) -> None:
-        self.awaited = awaited
-        self.found: list[tuple[Worker, LiveTunnel | LiveConnection]] = []
-        self.is_complete = asyncio.Event()
-        if not awaited:
-            self.is_complete.set()
-
-    def end(self, worker: Worker) -> None:
-        self.awaited.discard(worker)
-        if not self.awaited:
-            self.is_complete.set()
 
 
 def start_worker(settings: WorkerSettings) -> Process:
@@ -652,24 +621,6 @@ def start_worker(settings: WorkerSettings) -> Process:
         descriptors=[descriptor for row in settings.sockets for descriptor in row],
         environ=_worker_environment(os.environ),
     )
-
-
-def find_saved_worker(
-    saved: SavedWorker, runtime_dir: str
-) -> tuple[Process, socket.socket, list[int]] | None:
-    """A worker of an earlier control plane, taken over, with the sockets that it holds; None when
-    it is gone or does not answer (then it is ended).
-    """
-    process = adopt(saved.pid, saved.started)
-    if process is None:
-        return None
-    try:
-        line, descriptors = take_over(takeover_path(runtime_dir, saved.slot), saved.secret)
-    except OSError as error:
-        _log.error("worker cannot be taken over", pid=saved.pid, reason=str(error))
-        process.kill()
-        return None
-    return process, line, descriptors
 
 
 def _worker_environment(environ: Mapping[str, str]) -> dict[str, str]:

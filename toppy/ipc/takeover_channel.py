@@ -8,7 +8,6 @@ and the connection stays open, so that its end tells the worker that the control
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hmac
 import os
 import socket
@@ -19,11 +18,15 @@ _SECRET_BYTES = 64
 _MOST_DESCRIPTORS = 250
 """One message carries at most 253 (SCM_MAX_FD)."""
 _DEADLINE_S = 2.0
+_MOST_PEERS = 8
+"""Of those that have not proved themselves; more wait."""
+_PAUSE_S = 0.1
+"""After a connection that could not be accepted."""
 
 
 class TakeoverListener:
-    """A worker's end. ``on_taken`` is called when a new control plane has proved itself, and
-    ``on_lost`` when its connection ends.
+    """A worker's end. ``on_taken`` is called when a new control plane has proved itself,
+    ``on_lost`` when its connection ends, ``on_trouble`` when one cannot be heard now.
     """
 
     def __init__(
@@ -33,19 +36,23 @@ class TakeoverListener:
         descriptors: Sequence[int],
         on_taken: Callable[[], None],
         on_lost: Callable[[], None],
+        *,
+        on_trouble: Callable[[OSError], None] = lambda _: None,
     ) -> None:
         self._path = path
         self._secret = secret.encode()
         self._descriptors = list(descriptors)
         self._on_taken = on_taken
         self._on_lost = on_lost
+        self._on_trouble = on_trouble
         self._owner: socket.socket | None = None
         self._loop = asyncio.get_running_loop()
         Path(path).unlink(missing_ok=True)
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._listener.bind(path)
-        self._listener.listen(4)
+        self._listener.listen(16)
         self._listener.setblocking(False)
+        self._peers: dict[asyncio.Task[None], socket.socket] = {}
         self._task = self._loop.create_task(self._serve())
 
     @property
@@ -56,34 +63,50 @@ class TakeoverListener:
     def close(self) -> None:
         """Be found no more."""
         self._task.cancel()
+        for peer in self._peers:
+            peer.cancel()
         self._listener.close()
         self._drop_owner()
         Path(self._path).unlink(missing_ok=True)
 
     async def _serve(self) -> None:
         while True:
-            connection, _ = await self._loop.sock_accept(self._listener)
-            connection.setblocking(False)
-            said = b""
-            with contextlib.suppress(OSError, TimeoutError):
-                async with asyncio.timeout(_DEADLINE_S):
-                    while len(said) < _SECRET_BYTES:
-                        more = await self._loop.sock_recv(connection, _SECRET_BYTES - len(said))
-                        if not more:
-                            break
-                        said += more
-            if not hmac.compare_digest(said, self._secret):
-                connection.close()
-                continue
             try:
-                self._hand_over(connection)
-            except OSError:
-                connection.close()
+                connection, _ = await self._loop.sock_accept(self._listener)
+            except OSError as error:  # no more descriptors, for example
+                self._on_trouble(error)
+                await asyncio.sleep(_PAUSE_S)
                 continue
-            self._drop_owner()
-            self._owner = connection
-            self._loop.add_reader(connection.fileno(), self._receive)
-            self._on_taken()
+            connection.setblocking(False)
+            peer = self._loop.create_task(self._meet(connection))
+            self._peers[peer] = connection
+            peer.add_done_callback(self._part)
+            while len(self._peers) >= _MOST_PEERS:
+                await asyncio.wait([*self._peers], return_when=asyncio.FIRST_COMPLETED)
+
+    async def _meet(self, connection: socket.socket) -> None:
+        said = b""
+        try:
+            async with asyncio.timeout(_DEADLINE_S):
+                while len(said) < _SECRET_BYTES:
+                    more = await self._loop.sock_recv(connection, _SECRET_BYTES - len(said))
+                    if not more:
+                        return
+                    said += more
+            if not hmac.compare_digest(said, self._secret):
+                return
+            self._hand_over(connection)
+        except (OSError, TimeoutError):
+            return
+        self._drop_owner()
+        self._owner = connection
+        self._loop.add_reader(connection.fileno(), self._receive)
+        self._on_taken()
+
+    def _part(self, peer: asyncio.Task[None]) -> None:
+        connection = self._peers.pop(peer)
+        if connection is not self._owner:
+            connection.close()
 
     def _hand_over(self, connection: socket.socket) -> None:
         rest = self._descriptors

@@ -76,3 +76,8 @@ class WorkerCounters:
 _PLAIN_FIELDS = tuple(
     name for name in WorkerCounters.__dataclass_fields__ if name not in ("drops", "admissions")
 )
+
+
+def counted(number: int, what: str) -> str:
+    """For people: ``1 tunnel``, ``2 tunnels``."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"

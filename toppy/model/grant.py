@@ -37,3 +37,5 @@ class Denial:
     """A sentence for people; names no secret."""
     rule: str = ""
     """For 403: the policy rule that denied, or ``default`` when none allowed."""
+    subject: str = ""
+    """Who was denied, where that is known; for the audit log."""

@@ -11,8 +11,10 @@ from collections.abc import Iterator
 
 from toppy.errors import PeerError
 from toppy.wire.capsule import (
+    AUTHORIZATION,
     BARRIER,
     DATAGRAM,
+    MAX_AUTHORIZATION_BYTES,
     MAX_TUNNEL_CLOSED_BYTES,
     TUNNEL_CLOSED,
     WRAP_UP,
@@ -30,7 +32,7 @@ Stretch = tuple[bytes, int]
 Buffer = bytes | bytearray | memoryview
 
 _CONTEXT_ID_BYTES = 8
-_GATEWAY_TAKES = frozenset({DATAGRAM, WRAP_UP, BARRIER})
+_GATEWAY_TAKES = frozenset({DATAGRAM, WRAP_UP, BARRIER, AUTHORIZATION})
 _CLIENT_TAKES = frozenset({DATAGRAM, WRAP_UP, TUNNEL_CLOSED, BARRIER})
 
 
@@ -86,6 +88,7 @@ class UdpTunnel:
         "_hold_datagrams",
         "_is_client",
         "_parser",
+        "authorization",
         "barriers",
         "closed_because",
         "is_open",
@@ -100,6 +103,8 @@ class UdpTunnel:
         """Client: the gateway intends to end this stream."""
         self.barriers = 0
         """BARRIER capsules that have arrived."""
+        self.authorization: str | None = None
+        """Gateway: a newer token for this tunnel, until the router takes it from here."""
         self.closed_because: str | None = None
         """Client: the Proxy-Status with which the gateway ends the tunnel."""
         self._is_client = is_client
@@ -135,13 +140,16 @@ class UdpTunnel:
     def receive_body(self, data: bytes, *, ended: bool) -> list[bytes]:
         """Payloads of the DATAGRAM capsules in ``data``; unknown contexts are counted.
 
-        Raises ``PeerError`` for a capsule that lies about its length or is cut off by the end, and
-        for WRAP_UP where it may not be.
+        Raises ``PeerError`` for a capsule that lies about its length or is cut off by the end, for
+        WRAP_UP where it may not be, and for an AUTHORIZATION that is too long.
         """
         payloads = []
         for capsule in self._parser.receive(data):
             if capsule.capsule_type == BARRIER:
                 self.barriers += 1
+                continue
+            if capsule.capsule_type == AUTHORIZATION:
+                self._receive_authorization(capsule)
                 continue
             if capsule.capsule_type != DATAGRAM:
                 self._receive_farewell(capsule)
@@ -154,6 +162,12 @@ class UdpTunnel:
         if ended:
             self._parser.receive_end()
         return payloads
+
+    def _receive_authorization(self, capsule: Capsule) -> None:
+        if len(capsule.value) > MAX_AUTHORIZATION_BYTES:
+            raise PeerError(f"AUTHORIZATION has {len(capsule.value)} bytes")
+        # what is not ASCII is no token that anybody would take
+        self.authorization = capsule.value.decode("ascii", "replace")
 
     def _receive_farewell(self, capsule: Capsule) -> None:
         if capsule.capsule_type == WRAP_UP:

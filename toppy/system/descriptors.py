@@ -10,7 +10,8 @@ from collections.abc import Mapping, MutableMapping
 
 _FIRST_DESCRIPTOR = 3
 """Where the service manager's begin, sd_listen_fds(3)."""
-_HANDED_OVER = "TOPPY_HANDED_OVER"
+HANDED_OVER = "TOPPYHANDED_OVER"
+"""The environment variable that says which descriptors are which sockets."""
 
 
 def raise_descriptor_limit() -> None:
@@ -24,7 +25,7 @@ def inherited_sockets(environ: MutableMapping[str, str]) -> dict[str, socket.soc
     """Sockets by name: what ``hand_over`` left in this process before it was re-executed, or what
     the service manager kept (FDSTORE=1). Takes the variables out of ``environ``.
     """
-    handed_over = environ.pop(_HANDED_OVER, "")
+    handed_over = environ.pop(HANDED_OVER, "")
     pid = environ.pop("LISTEN_PID", "")
     count = environ.pop("LISTEN_FDS", "")
     names = environ.pop("LISTEN_FDNAMES", "").split(":")
@@ -49,4 +50,4 @@ def hand_over(sockets: Mapping[str, socket.socket], environ: MutableMapping[str,
     """Keep sockets open across a re-execution, for ``inherited_sockets``."""
     for sock in sockets.values():
         os.set_inheritable(sock.fileno(), True)
-    environ[_HANDED_OVER] = ",".join(f"{name}={s.fileno()}" for name, s in sockets.items())
+    environ[HANDED_OVER] = ",".join(f"{name}={s.fileno()}" for name, s in sockets.items())

@@ -64,6 +64,16 @@ class Process:
         """End it at once."""
         self.send_signal(signal.SIGKILL)
 
+    def wait_blocking(self, deadline_s: float) -> bool:
+        """Hold everything up until it has ended, and so has given up what it held; for use
+        before there is anything to hold up. False: it has not.
+        """
+        if self._pidfd is None:
+            return self.has_ended
+        poll = select.poll()  # select takes no descriptors above 1023
+        poll.register(self._pidfd, select.POLLIN)
+        return bool(poll.poll(deadline_s * 1000))
+
     def forget(self) -> None:
         """Watch it no longer; it runs on."""
         if self._pidfd is not None:
@@ -135,7 +145,7 @@ def adopt(pid: int, started: int) -> Process | None:
         process = Process(pid, started)
     except OSError:
         return None
-    if start_time(pid) != started or _is_ended(process):
+    if start_time(pid) != started or process.wait_blocking(0):
         process.forget()
         return None
     return process
@@ -148,10 +158,3 @@ def start_time(pid: int) -> int:
     except OSError:
         return 0
     return int(text.rpartition(")")[2].split()[19])
-
-
-def _is_ended(process: Process) -> bool:
-    if process._pidfd is None:
-        return False
-    ready, _, _ = select.select([process._pidfd], [], [], 0)
-    return bool(ready)

@@ -24,6 +24,13 @@ MOST_BARRIERS = 2
 """A gateway answers so many per tunnel."""
 BARRIER_FIELD = (b"toppy-barrier", b"?1")
 """In a response: this gateway answers BARRIER."""
+AUTHORIZATION = 0x1A709A93
+"""Ours, client to gateway: a newer bearer token for a tunnel that is open. The gateway lets the
+tunnel live as long as that token does, if it would grant the tunnel to it; otherwise nothing
+changes. Others skip it."""
+MAX_AUTHORIZATION_BYTES = 8192
+RENEWAL_FIELD = (b"toppy-renewal", b"?1")
+"""In a response: this gateway takes AUTHORIZATION."""
 _HEADER_BYTES = 16
 
 
@@ -48,6 +55,11 @@ def encode_wrap_up() -> bytes:
 def encode_barrier() -> bytes:
     """A BARRIER capsule."""
     return encode_capsule(BARRIER, b"")
+
+
+def encode_authorization(token: str) -> bytes:
+    """An AUTHORIZATION capsule; ``token`` is printable ASCII."""
+    return encode_capsule(AUTHORIZATION, token.encode("ascii"))
 
 
 def encode_tunnel_closed(proxy_status: str) -> bytes:

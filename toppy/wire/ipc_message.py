@@ -61,6 +61,8 @@ class WorkerSettings(msgspec.Struct, frozen=True):
     orphan_timeout_s: float
     log_level: str
     log_format: str
+    refuses_unrecorded: bool = False
+    """No new tunnels while the ends of earlier ones wait for the audit log, too many of them."""
     core: int | None = None
     """The only one to run on."""
 
@@ -100,6 +102,11 @@ class AdmissionRequest(msgspec.Struct, tag="admit", frozen=True):
     is_echo: bool
     """The built-in echo was asked for, not a target."""
     source: str
+    address: str = ""
+    """A live tunnel's, that has a newer credential: it stays with this address, and nothing is
+    resolved anew."""
+    connection: int = 0
+    quarter_stream_id: int = 0
 
     def __repr__(self) -> str:
         return f"AdmissionRequest(request={self.request}, host={self.host!r}, port={self.port})"
@@ -164,6 +171,45 @@ class LiveConnection(msgspec.Struct, frozen=True):
     opened_at: float
     """Unix time."""
     round_trip_s: float
+
+
+class ClosedTunnel(msgspec.Struct, frozen=True):
+    """A tunnel that has ended, for the audit log."""
+
+    connection: int
+    quarter_stream_id: int
+    source: str
+    """The client's address, without the port."""
+    host: str
+    port: int
+    subject: str
+    rule: str
+    reason: str
+    """Why it ended, a sentence."""
+    duration_s: float
+    datagrams_to_target: int
+    bytes_to_target: int
+    """Payload bytes, without any header; likewise ``bytes_to_client``."""
+    datagrams_to_client: int
+    bytes_to_client: int
+    drops: int
+    """Datagrams of this tunnel that its worker could not hand on."""
+
+
+class ClosedTunnels(msgspec.Struct, tag="closed_tunnels", frozen=True):
+    """Tunnels that have ended, in order; said again until it is acknowledged."""
+
+    first: int
+    """The number of the first one; a worker counts them from 1."""
+    tunnels: tuple[ClosedTunnel, ...]
+    lost: int = 0
+    """How many the worker had no room for, since its start."""
+
+
+class ClosedTaken(msgspec.Struct, tag="closed_taken", frozen=True):
+    """Every ``ClosedTunnel`` up to this number is in the audit log."""
+
+    number: int
 
 
 class ListTunnels(msgspec.Struct, tag="list_tunnels", frozen=True):
@@ -242,7 +288,9 @@ class Report(msgspec.Struct, frozen=True):
         return f"Report(slot={self.slot}, generation={self.generation})"
 
 
-FromWorker = Hello | Ready | AdmissionRequest | TokenRequest | TunnelPage | ConnectionPage
+FromWorker = (
+    Hello | Ready | AdmissionRequest | TokenRequest | TunnelPage | ConnectionPage | ClosedTunnels
+)
 ToWorker = (
     Admitted
     | TokenAnswer
@@ -252,6 +300,7 @@ ToWorker = (
     | ListConnections
     | CloseTunnels
     | SetLogLevel
+    | ClosedTaken
     | Stop
 )
 

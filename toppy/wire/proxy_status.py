@@ -116,7 +116,7 @@ _ADVICE_BY_ERROR = {
     "connection_refused": "nothing listens at the target; check its port and that it runs",
     "connection_timeout": "the target did not answer in time; check that it runs and is reachable "
     "from the gateway",
-    "connection_terminated": "the gateway ended the tunnel; if that goes on, ask its operator",
+    "connection_terminated": "if that goes on, ask the gateway's operator",
     "connection_limit_reached": "the gateway has reached a limit; try again later",
     "proxy_internal_error": "the gateway failed; try again, and if it stays so ask its operator to "
     "look at its log",
@@ -143,7 +143,8 @@ _STATUS_BY_ERROR = {
     "destination_ip_prohibited": 502,
     "destination_ip_unroutable": 502,
     "connection_refused": 502,
-    "connection_terminated": 502,
+    # of a tunnel that was open: nothing failed, the gateway wants it so
+    "connection_terminated": 403,
     "connection_timeout": 504,
     "connection_limit_reached": 503,
     "http_request_denied": 403,
@@ -153,7 +154,9 @@ _STATUS_BY_ERROR = {
 
 
 def recommended_status(error: str) -> int:
-    """The HTTP status that RFC 9209 section 2.3 recommends for an error type; 403 for others."""
+    """The HTTP status for why a gateway ended an open tunnel, as RFC 9209 section 2.3 recommends it
+    for the error type but for ``connection_terminated``; 403 for others.
+    """
     return _STATUS_BY_ERROR.get(error, 403)
 
 

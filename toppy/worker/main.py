@@ -8,6 +8,7 @@ grants it has, until another control plane takes it over.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import os
 import signal
@@ -31,6 +32,7 @@ from toppy.quic.gate import ConnectionGate, GateLimits
 from toppy.system.descriptors import raise_descriptor_limit
 from toppy.system.process_title import set_process_title
 from toppy.system.processes import run_on_core
+from toppy.system.stop_signals import release_stop_signals
 from toppy.wire.connection_id import (
     CONNECTION_ID_BYTES,
     WorkerAddress,
@@ -41,6 +43,8 @@ from toppy.wire.ipc_message import (
     SETTINGS_LENGTH,
     AdmissionRequest,
     Admitted,
+    ClosedTaken,
+    ClosedTunnel,
     CloseTunnels,
     ConnectionPage,
     Drain,
@@ -61,6 +65,7 @@ from toppy.wire.ipc_message import (
     pages,
     parse_settings,
 )
+from toppy.worker.closed_tunnels import ClosedTunnelQueue
 from toppy.worker.router import Router
 from toppy.worker.strays import Strays
 from toppy.worker.target import UdpTarget, open_udp_target
@@ -72,6 +77,9 @@ _TARGET_BUFFER_BYTES = 1 << 20
 _STREAM_WINDOW_BYTES = 128 << 10
 _CONNECTION_WINDOW_BYTES = 512 << 10
 """What a stranger can make a worker hold. Tunnels use DATAGRAM frames; capsules need little."""
+
+_LAST_WORDS_S = 1.0
+"""How long a worker that ends waits until its tunnels' ends are in the audit log."""
 
 _log = get_logger("worker")
 
@@ -114,6 +122,7 @@ class Worker:
                 connection_id_bytes=CONNECTION_ID_BYTES,
                 reset_key=settings.reset_key,
                 token_key=settings.token_key,
+                resumes_sessions=settings.quic["session_resumption"],
             ),
             gate=gate.decide,
             now=now,
@@ -164,10 +173,16 @@ class Worker:
         self._strays = Strays(settings.runtime_dir, own, rows, gate, self._driver.take)
         if not settings.is_steered:
             self._driver.divert(self._strays.sort)
+        self._closed = ClosedTunnelQueue()
+        self._all_heard = asyncio.Event()
+        self._has_ended = False
         self._connect()
         self._takeover: TakeoverListener | None = None
         self._drain_deadline: float | None = None
         self._orphaned_at: float | None = None
+        self._unheard_since: float | None = None
+        """When the last control plane was lost; one that took over and has said nothing since does
+        not count: it may never come up."""
         self._is_known = False
         """The control plane has spoken to it: then the next one will know of it, too."""
 
@@ -182,6 +197,8 @@ class Worker:
 
     def ask(self, message: AdmissionRequest | TokenRequest) -> bool:
         """See ``RouterShell``. Without a control plane the question waits for the next one."""
+        if self._settings.refuses_unrecorded and self._closed.is_full:
+            return False
         return self._orphaned_at is not None or self._control.send(message)
 
     def open_target(self, tunnel: Tunnel, grant: Grant) -> UdpTarget:
@@ -194,6 +211,10 @@ class Worker:
             buffer_bytes=_TARGET_BUFFER_BYTES,
         )
 
+    def tunnel_closed(self, tunnel: ClosedTunnel) -> None:
+        """See ``RouterShell``."""
+        self._closed.add(tunnel)
+
     async def run(self) -> None:
         """Serve until told to stop, until drained, or until there is no control plane for long."""
         settings = self._settings
@@ -202,6 +223,7 @@ class Worker:
             loop.add_signal_handler(signal_number, self._stopped.set)
         # a terminal that closes tells the whole group; the control plane decides what follows
         loop.add_signal_handler(signal.SIGHUP, lambda: None)
+        release_stop_signals()  # it may have been started while they were held
         loop.add_reader(sys.stdin.fileno(), self._lose_parent)
         loop.add_reader(self._strays.fileno(), self._receive_strays)
         self._takeover = TakeoverListener(
@@ -210,18 +232,18 @@ class Worker:
             [descriptor for row in settings.sockets for descriptor in row],
             self._follow_new_control_plane,
             self._lose_control_plane,
+            on_trouble=lambda error: _log.error(
+                "a new control plane cannot be heard now", reason=error.strerror, slot=self._slot
+            ),
         )
         self._introduce()
-        _log.info(
-            "worker serves", engine=self._engine.name, slot=self._slot, generation=self._generation
-        )
         ticker = loop.create_task(self._tick())
         try:
             await self._stopped.wait()
         finally:
-            for task in (self._receiver, ticker):
-                task.cancel()
-            await asyncio.gather(self._receiver, ticker, return_exceptions=True)
+            self._has_ended = True
+            ticker.cancel()
+            await asyncio.gather(ticker, return_exceptions=True)
             loop.remove_reader(self._strays.fileno())
             self._takeover.close()
             now = time.monotonic()
@@ -230,9 +252,21 @@ class Worker:
             self._driver.close()
             self._strays.close()
             self._report()
+            await self._say_last_words()
             # let ZeroMQ's thread hand the last report over
             await asyncio.sleep(0.05)
+            self._receiver.cancel()
+            await asyncio.gather(self._receiver, return_exceptions=True)
             self._control.close()
+
+    async def _say_last_words(self) -> None:
+        """The ends of its tunnels, until they are in the audit log; not without a control plane."""
+        self._closed.send(self._control.send, time.monotonic())
+        if self._closed and self._orphaned_at is None:
+            self._all_heard.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_LAST_WORDS_S):
+                    await self._all_heard.wait()
 
     def _introduce(self) -> None:
         settings = self._settings
@@ -254,7 +288,9 @@ class Worker:
                 slot=self._slot,
                 generation=self._generation,
             )
-            self._orphaned_at = time.monotonic()
+            if self._unheard_since is None:
+                self._unheard_since = time.monotonic()
+            self._orphaned_at = self._unheard_since
 
     def _follow_new_control_plane(self) -> None:
         """Begin anew: what was said to the old one is lost, and said again."""
@@ -268,11 +304,20 @@ class Worker:
         self._connect()
         self._introduce()
         self._router.ask_again()
+        self._closed.say_again()
         self._report()
 
     def _receive(self, message: ToWorker) -> None:
         now = time.monotonic()
         self._is_known = True
+        self._unheard_since = None
+        if isinstance(message, ClosedTaken):
+            self._closed.acknowledge(message.number)
+            if not self._closed:
+                self._all_heard.set()
+            return
+        if self._has_ended:
+            return
         match message:
             case Admitted() | TokenAnswer():
                 self._router.receive_answer(message, now)
@@ -324,6 +369,8 @@ class Worker:
             self._router.tick(now, time.time())
             self._driver.flush_soon()
             self._report()
+            if self._orphaned_at is None:
+                self._closed.send(self._control.send, now)
             if (
                 self._drain_deadline is not None
                 and (self._router.is_drained or now >= self._drain_deadline)

@@ -38,6 +38,7 @@ from toppy.quic.h3 import H3_CONNECT_ERROR, H3_EXCESSIVE_LOAD, H3_NO_ERROR, H3_R
 from toppy.wire.capsule import (
     BARRIER_FIELD,
     MOST_BARRIERS,
+    RENEWAL_FIELD,
     encode_barrier,
     encode_tunnel_closed,
     encode_wrap_up,
@@ -52,7 +53,7 @@ from toppy.wire.ipc_message import (
     TokenRequest,
 )
 from toppy.wire.proxy_status import encode_proxy_status
-from toppy.worker.tunnel import RouterLimits, RouterShell, Tunnel
+from toppy.worker.tunnel import Ping, Renewal, RouterLimits, RouterShell, Tunnel
 
 ECHO_PORTS = (7, 9)
 """The built-in echo answers for the gateway's own name on echo's and discard's port (T-066)."""
@@ -75,15 +76,6 @@ _DROP_REASON = {
     SendResult.TOO_LARGE: DropReason.TOO_LARGE_FOR_TARGET,
     SendResult.FAILED: DropReason.TARGET_UNREACHABLE,
 }
-
-
-@dataclass(frozen=True, slots=True)
-class _Ping:
-    """A ping that waits for the control plane's word."""
-
-    connection: int
-    stream_id: int
-    request: TokenRequest
 
 
 @dataclass(slots=True)
@@ -127,7 +119,7 @@ class Router:
         self._own_names = own_names
         self._peers: dict[int, _Peer] = {}
         self._tunnels: dict[tuple[int, int], Tunnel] = {}
-        self._questions: dict[int, Tunnel | _Ping] = {}
+        self._questions: dict[int, Tunnel | Ping | Renewal] = {}
         self._next_question = 1
         self._early_peers: set[int] = set()
         self._drained_since: float | None = None
@@ -224,7 +216,7 @@ class Router:
                 if peer is not None:
                     self._drop_early(peer)
                     for tunnel in list(peer.tunnels):
-                        self._forget(tunnel, from_peer=False)
+                        self._forget(tunnel, "its connection ended", from_peer=False)
             case RawStreamReceived():
                 self._receive_ping(event, now)
 
@@ -232,7 +224,7 @@ class Router:
         tunnel = self._tunnels.get((connection, stream_id // 4))
         if tunnel is not None:
             self._endpoint.abort_stream(connection, stream_id, H3_REQUEST_CANCELLED)
-            self._forget(tunnel)
+            self._forget(tunnel, "the client gave it up")
             return
         peer = self._peers.get(connection)
         if peer is not None and peer.pings is not None:
@@ -281,6 +273,8 @@ class Router:
             protocol=target.protocol,
             is_echo=is_echo,
             source=source[0] if source is not None else "",
+            connection=connection,
+            quarter_stream_id=stream_id // 4,
         )
         tunnel = Tunnel(connection, stream_id, protocol, question, now=now)
         if len(self._questions) >= self._limits.max_pending_admissions or not self._shell.ask(
@@ -306,7 +300,7 @@ class Router:
         """The control plane decided. Answers to questions that timed out are ignored."""
         asked = self._questions.pop(answer.request, None)
         if isinstance(answer, TokenAnswer):
-            if isinstance(asked, _Ping):
+            if isinstance(asked, Ping):
                 peer = self._peers.get(asked.connection)
                 if peer is not None:
                     peer.pings_asked -= 1
@@ -314,7 +308,16 @@ class Router:
                 if not answer.is_valid:
                     self._count_failed_auth(asked.connection, now)
             return
-        if not isinstance(asked, Tunnel) or asked.key not in self._tunnels:
+        if isinstance(asked, Renewal):
+            asked.tunnel.renew(asked, answer.grant)
+            if answer.denial is not None and answer.denial.status == 401:
+                self._count_failed_auth(asked.connection, now)
+            return
+        if not isinstance(asked, Tunnel):
+            return
+        if asked.key not in self._tunnels:
+            if answer.grant is not None:
+                self._tell_closed(asked, answer.grant, "the client had gone before it opened")
             return
         if answer.grant is None:
             denial = answer.denial or Denial(502, "proxy_internal_error", "no decision was made")
@@ -328,6 +331,7 @@ class Router:
                 tunnel.target = self._shell.open_target(tunnel, grant)
             except TargetError as error:
                 self._deny(tunnel, Denial(error.status, error.proxy_status, str(error)), now)
+                self._tell_closed(tunnel, grant, str(error))
                 return
         tunnel.grant = grant
         tunnel.opened_at = self._unix_now
@@ -336,7 +340,9 @@ class Router:
         self.counters.tunnels_total += 1
         self.counters.count_admission("granted")
         self._endpoint.send_headers(
-            tunnel.connection, tunnel.stream_id, [*response_headers(200), BARRIER_FIELD]
+            tunnel.connection,
+            tunnel.stream_id,
+            [*response_headers(200), BARRIER_FIELD, RENEWAL_FIELD],
         )
         for payloads, segment_size in tunnel.protocol.open():
             self._send_to_target(tunnel, payloads, segment_size, now)
@@ -346,7 +352,7 @@ class Router:
     def _deny(self, tunnel: Tunnel, denial: Denial, now: float) -> None:
         for payloads, segment_size in tunnel.protocol.discard_held():
             self._drop(DropReason.TUNNEL_REFUSED, count_payloads(len(payloads), segment_size))
-        self._forget(tunnel)
+        self._forget(tunnel, denial.details)
         self._refuse(tunnel.connection, tunnel.stream_id, denial)
         if denial.status == 401:
             self._count_failed_auth(tunnel.connection, now)
@@ -404,7 +410,7 @@ class Router:
             self._deny(tunnel, _ENDED_EARLY, now)
         elif event.ended:
             self._endpoint.send_body(event.connection, event.stream_id, b"", end=True)
-            self._forget(tunnel)
+            self._forget(tunnel, "the client ended it")
 
     def _send_to_target(
         self, tunnel: Tunnel, payloads: Buffer, segment_size: int, now: float
@@ -427,10 +433,12 @@ class Router:
             sent = target.sent_bytes
             unsent = count - (sent // segment_size if segment_size else 0)
             self._drop(_DROP_REASON[result], unsent)
+            tunnel.drops += unsent
             count -= unsent
         counters.datagrams_to_target += count
         counters.bytes_to_target += sent
         tunnel.datagrams_to_target += count
+        tunnel.bytes_to_target += sent
 
     def receive_from_target(
         self, tunnel: Tunnel, payloads: Buffer, segment_size: int, now: float
@@ -452,6 +460,7 @@ class Router:
                 > self._limits.connection_capsule_queue_bytes
             ):
                 self._drop(DropReason.CAPSULE_QUEUE_FULL, count)
+                tunnel.drops += count
                 return
             capsules = encode_datagram_capsules(payloads, segment_size)
             self._endpoint.send_body(connection, tunnel.stream_id, capsules)
@@ -459,6 +468,7 @@ class Router:
         self.counters.datagrams_to_client += count
         self.counters.bytes_to_client += len(payloads)
         tunnel.datagrams_to_client += count
+        tunnel.bytes_to_client += len(payloads)
 
     def _capsule_backlog(self, connection: int) -> int:
         """What waits on all tunnels' streams of a connection, in bytes."""
@@ -475,15 +485,19 @@ class Router:
         if tunnel.target is not None:
             overflow = tunnel.target.overflow
             self._drop(DropReason.TARGET_OVERFLOW, overflow - tunnel.overflow)
+            tunnel.drops += overflow - tunnel.overflow
             tunnel.overflow = overflow
 
     # the end of things
 
     def _close_tunnel(self, tunnel: Tunnel, error_code: int) -> None:
         self._endpoint.abort_stream(tunnel.connection, tunnel.stream_id, error_code)
-        self._forget(tunnel)
+        self._forget(tunnel, "the client broke the protocol")
 
-    def _forget(self, tunnel: Tunnel, *, from_peer: bool = True) -> None:
+    def _tell_closed(self, tunnel: Tunnel, grant: Grant, reason: str) -> None:
+        self._shell.tunnel_closed(tunnel.closed(grant, reason, self._unix_now))
+
+    def _forget(self, tunnel: Tunnel, reason: str, *, from_peer: bool = True) -> None:
         if self._tunnels.pop(tunnel.key, None) is None:
             return
         if from_peer:
@@ -491,6 +505,8 @@ class Router:
         if tunnel.target is not None:
             self._count_overflow(tunnel)
             tunnel.target.close()
+        if tunnel.grant is not None:
+            self._tell_closed(tunnel, tunnel.grant, reason)
 
     def drain(self, now: float) -> None:
         """Take nothing new; tell every client, so that it can go elsewhere."""
@@ -538,7 +554,7 @@ class Router:
             self._endpoint.send_body(tunnel.connection, tunnel.stream_id, said, end=True)
             self._endpoint.stop_reading(tunnel.connection, tunnel.stream_id)
             self.counters.tunnels_cut += 1
-            self._forget(tunnel)
+            self._forget(tunnel, denial.details)
         return closed
 
     def ask_again(self) -> None:
@@ -549,23 +565,9 @@ class Router:
     def live_tunnels(self, *, with_authorization: bool) -> Iterator[LiveTunnel]:
         """Every open tunnel."""
         for tunnel in self._tunnels.values():
-            if tunnel.grant is None:
-                continue
-            yield LiveTunnel(
-                connection=tunnel.connection,
-                quarter_stream_id=tunnel.stream_id // 4,
-                source=_source_text(self._engine.peer_address(tunnel.connection)),
-                host=tunnel.request.host,
-                port=tunnel.request.port,
-                protocol=tunnel.request.protocol,
-                address=tunnel.target.address if tunnel.target is not None else "",
-                subject=tunnel.grant.subject,
-                rule=tunnel.grant.rule,
-                opened_at=tunnel.opened_at,
-                datagrams_to_target=tunnel.datagrams_to_target,
-                datagrams_to_client=tunnel.datagrams_to_client,
-                authorization=tunnel.request.authorization if with_authorization else None,
-            )
+            if tunnel.grant is not None:
+                source = _source_text(self._engine.peer_address(tunnel.connection))
+                yield tunnel.live(tunnel.grant, source, with_authorization=with_authorization)
 
     def live_connections(self) -> Iterator[LiveConnection]:
         """Every open connection."""
@@ -608,13 +610,23 @@ class Router:
             grant = tunnel.grant
             if grant is None:
                 continue
+            self._ask_about_renewal(tunnel)
             if now - tunnel.last_active < _OVERFLOW_INTERVAL_S:
                 self._count_overflow(tunnel)
             is_expired = grant.expires_at is not None and unix_now >= grant.expires_at
             if is_expired or now - tunnel.last_active >= limits.tunnel_idle_timeout_s:
                 self._endpoint.send_body(tunnel.connection, tunnel.stream_id, b"", end=True)
                 self._endpoint.stop_reading(tunnel.connection, tunnel.stream_id)
-                self._forget(tunnel)
+                self._forget(tunnel, "its credential expired" if is_expired else "it was idle")
+
+    def _ask_about_renewal(self, tunnel: Tunnel) -> None:
+        """Once per tick at most: a client's newer token costs the control plane a decision."""
+        if len(self._questions) >= self._limits.max_pending_admissions:
+            return
+        renewal = tunnel.take_renewal(self._next_question)
+        if renewal is not None and self._shell.ask(renewal.request):
+            self._next_question += 1
+            tunnel.renewal = self._questions[renewal.request.request] = renewal
 
     def close(self, now: float) -> None:
         """The gateway stops: say so on every connection."""
@@ -622,7 +634,7 @@ class Router:
             self._endpoint.close(connection, H3_NO_ERROR, "the gateway is stopping", now)
         for tunnel in list(self._tunnels.values()):
             self.counters.tunnels_cut += tunnel.grant is not None
-            self._forget(tunnel)
+            self._forget(tunnel, "its worker ended")
 
     # toppy-ping (T-064)
 
@@ -650,7 +662,7 @@ class Router:
             return
         self._next_question += 1
         peer.pings_asked += 1
-        self._questions[question.request] = _Ping(event.connection, event.stream_id, question)
+        self._questions[question.request] = Ping(event.connection, event.stream_id, question)
 
     def _ask_about_ping(self, question: TokenRequest) -> bool:
         return len(self._questions) < self._limits.max_pending_admissions and self._shell.ask(
