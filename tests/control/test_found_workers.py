@@ -15,6 +15,7 @@ from toppy.control import found_workers
 from toppy.control.found_workers import as_it_listens, find_workers
 from toppy.control.listeners import close_all
 from toppy.control.saved_state import FORMAT, SavedState, SavedWorker
+from toppy.net import steering
 from toppy.system.processes import Process
 
 
@@ -83,14 +84,17 @@ def test_a_worker_from_before_the_sockets_became_more_is_taken_over(
         line.close()
 
 
-def config(*addresses: str, steering: bool = True) -> GatewayConfig:
+def config(*addresses: str, is_steered: bool = True) -> GatewayConfig:
     listen = ", ".join(f'"{address}"' for address in addresses)
-    text = f"[listen]\nquic = [{listen}]\nsteering = {str(steering).lower()}\n"
+    text = f"[listen]\nquic = [{listen}]\nsteering = {str(is_steered).lower()}\n"
     text += '[auth]\ntoken = "12345678"\n'
     return parse_gateway_config(text, "gateway.toml", {}).config
 
 
-def test_workers_that_go_on_keep_their_addresses_and_their_steering() -> None:
+def test_workers_that_go_on_keep_their_addresses_and_their_steering(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(steering, "is_supported", lambda: True)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         sock.bind(("127.0.0.1", 0))
         here = f"127.0.0.1:{sock.getsockname()[1]}"
@@ -100,5 +104,8 @@ def test_workers_that_go_on_keep_their_addresses_and_their_steering() -> None:
             assert as_it_listens(same, saved(is_steered=None), theirs) is same
         for other in (config("127.0.0.1:1"), config("127.0.0.2:0"), config(here, "127.0.0.2:0")):
             assert as_it_listens(other, saved(), theirs).listen.quic == (here,)
-        unsteered = as_it_listens(config(here, steering=False), saved(), theirs)
+        unsteered = as_it_listens(config(here, is_steered=False), saved(), theirs)
         assert unsteered.listen.steering is True
+        monkeypatch.setattr(steering, "is_supported", lambda: False)
+        same = config(here)
+        assert as_it_listens(same, saved(is_steered=False), theirs) is same

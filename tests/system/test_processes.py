@@ -333,3 +333,17 @@ def test_a_process_keeps_its_start_time_whatever_its_name() -> None:
 
 def test_a_number_that_nobody_has_has_no_start_time() -> None:
     assert start_time(2**22 + 1) == 0
+
+
+@needs_pidfd
+def test_the_end_of_a_process_can_be_waited_for_without_the_event_loop() -> None:
+    async def scenario() -> None:
+        with stranger() as pid:
+            process = adopt(pid, start_time(pid))
+            assert process is not None
+            assert not process.wait_blocking(0.01)
+            process.kill()
+            assert process.wait_blocking(DEADLINE_S)
+            await process.wait()
+
+    run(scenario())

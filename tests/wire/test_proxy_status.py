@@ -7,7 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from toppy.errors import LocalError
-from toppy.wire.proxy_status import ProxyStatus, encode_proxy_status, explain, parse_proxy_status
+from toppy.wire.proxy_status import (
+    ProxyStatus,
+    encode_proxy_status,
+    explain,
+    parse_proxy_status,
+    recommended_status,
+)
 
 printable = st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=100)
 
@@ -137,6 +143,14 @@ def test_every_error_type_is_explained_with_what_to_do(status: int, error: str) 
     said = explain(status, ProxyStatus("gw", error))
     assert said.startswith(f"{status}: {error.replace('_', ' ')}; ")
     assert any(word in said for word in ("check", "try again", "ask", "get a new"))
+
+
+def test_a_tunnel_that_was_ended_on_purpose_is_forbidden_and_the_reason_is_said_once() -> None:
+    said = ProxyStatus("gw", "connection_terminated", "an operator of the gateway ended the tunnel")
+    assert explain(recommended_status(said.error), said) == (
+        "403: an operator of the gateway ended the tunnel; if that goes on, ask the gateway's "
+        "operator"
+    )
 
 
 def test_the_error_type_gives_better_advice_than_the_status() -> None:

@@ -407,7 +407,7 @@ class ReloadSection(Section):
     when_full: Literal["fail", "wait"] = setting(
         "fail",
         "A reload while earlier generations still hold every slot: refuse it, or wait for one to "
-        "end.",
+        "end, ten minutes at most.",
         applies="reload",
     )
     generations: int = setting(

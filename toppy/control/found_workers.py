@@ -12,6 +12,7 @@ from toppy.control.saved_state import SavedState, SavedWorker
 from toppy.ipc.takeover_channel import take_over
 from toppy.ipc.worker_sockets import takeover_path
 from toppy.model.target import Target
+from toppy.net import steering
 from toppy.observe.log import get_logger
 from toppy.system.processes import Process, adopt
 
@@ -81,7 +82,8 @@ def as_it_listens(
         and all(is_at(has, want) for has, want in zip(addresses, wanted, strict=True))
     ):
         changes["quic"] = tuple(str(Target(host, port)) for host, port in addresses)
-    if saved.is_steered is not None and saved.is_steered != config.listen.steering:
+    would_be = config.listen.steering and steering.is_supported()
+    if saved.is_steered is not None and saved.is_steered != would_be:
         changes["steering"] = saved.is_steered
     if not changes:
         return config
