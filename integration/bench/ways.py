@@ -70,6 +70,7 @@ def through_gateway(
                     engine=client_engine or engine,
                     name=f"client-{number}",
                     extra=client_extra,
+                    environ={"TOPPY_UDP_MAX_PEERS": "50000"},
                 )
             )
             ways.append(

@@ -9,6 +9,7 @@ pub mod clock;
 pub mod connection;
 pub mod connection_id;
 pub mod datagram_queue;
+pub mod delivery_rate;
 pub mod drops;
 pub mod ending;
 pub mod endpoint;

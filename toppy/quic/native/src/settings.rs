@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use quinn_proto::congestion::{BbrConfig, ControllerFactory, CubicConfig, NewRenoConfig};
+use quinn_proto::congestion::{ControllerFactory, CubicConfig, NewRenoConfig};
 use quinn_proto::crypto::rustls::{QuicClientConfig, QuicServerConfig};
 use quinn_proto::{
     ClientConfig, EndpointConfig, IdleTimeout, MtuDiscoveryConfig, NoneTokenStore, ServerConfig,
@@ -19,6 +19,7 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::server::NoServerSessionStorage;
 
 use crate::connection_id::{MAX_CONNECTION_ID_BYTES, PrefixedIds};
+use crate::delivery_rate::DeliveryRateConfig;
 use crate::streams::MIN_SEND_WINDOW_BYTES;
 use crate::tickets::Tickets;
 
@@ -329,7 +330,7 @@ fn idle_timeout(seconds: f64) -> Result<Option<IdleTimeout>, String> {
 fn congestion(name: &str) -> Result<Arc<dyn ControllerFactory + Send + Sync>, String> {
     match name {
         "cubic" => Ok(Arc::new(CubicConfig::default())),
-        "bbr" => Ok(Arc::new(BbrConfig::default())),
+        "bbr" => Ok(Arc::new(DeliveryRateConfig)),
         "newreno" => Ok(Arc::new(NewRenoConfig::default())),
         other => Err(format!(
             "congestion_control must be cubic, bbr or newreno, not {other}"
