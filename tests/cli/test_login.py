@@ -94,6 +94,20 @@ def test_a_provider_that_cannot_be_reached_is_exit_code_3(home: Path) -> None:
     assert "127.0.0.1:1 cannot be reached" in said
 
 
+def test_a_login_that_fails_is_in_the_audit_log(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = home / "audit.jsonl"
+    monkeypatch.setenv("TOPPY_AUDIT_LOG", str(log))
+    configure(home, DEVICE)
+    run("login")
+    (entry,) = map(json.loads, log.read_text().splitlines())
+    event = entry["event"]
+    assert (event["action"], event["target"]) == ("login", "http://127.0.0.1:1")
+    assert event["allowed"] is False
+    assert "127.0.0.1:1" in event["reason"]
+
+
 def test_an_issuer_without_tls_is_refused_before_anything_is_sent(home: Path) -> None:
     configure(home, DEVICE.replace("127.0.0.1:1", "login.example"))
     code, _, said = run("login")

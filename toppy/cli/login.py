@@ -15,6 +15,7 @@ import segno
 
 from toppy.auth.oidc import DeviceAuthorization, OidcError
 from toppy.auth.token_cache import CachedTokens, TokenCacheError
+from toppy.client.audit import record_command
 from toppy.client.login import Outcome, log_in, log_out, peek
 from toppy.client.settings import LoadedClientConfig, load_client_config
 from toppy.client.tokens import (
@@ -26,6 +27,7 @@ from toppy.client.tokens import (
     passphrase_of,
 )
 from toppy.errors import ConfigError, ToppyError
+from toppy.model.audit_event import AuditAction
 
 EXIT_FAILURE = 1
 EXIT_NO_TOKEN = 2
@@ -106,6 +108,19 @@ def _run(command: str, action: Callable[[], int]) -> int:
     return code
 
 
+def _record(
+    config: str | None,
+    environ: Mapping[str, str],
+    settings: LoginSettings,
+    *,
+    allowed: bool,
+    reason: str,
+) -> None:
+    record_command(
+        config, environ, AuditAction.LOGIN, settings.issuer, allowed=allowed, reason=reason
+    )
+
+
 def _load(config: str | None, environ: Mapping[str, str]) -> LoadedClientConfig:
     loaded = load_client_config(config, environ)
     for warning in loaded.warnings:
@@ -133,7 +148,12 @@ def _login(
     desk = Terminal(opens_browser=opens_browser)
     if settings.protection == "passphrase":
         store.unlock()  # before the user goes to the provider
-    outcome = asyncio.run(log_in(settings, store, desk))
+    try:
+        outcome = asyncio.run(log_in(settings, store, desk))
+    except ToppyError as error:
+        _record(config, environ, settings, allowed=False, reason=str(error))
+        raise
+    _record(config, environ, settings, allowed=True, reason="logged in")
     _say(_describe(outcome, settings))
     if prints_token:
         print(outcome.tokens.access_token)
