@@ -81,8 +81,11 @@ def _write_report(docs: Path, results: dict[str, list[Figures]]) -> None:
     written = page.read_text().partition(_BEGIN)[0] if page.exists() else ""
     machine = results["machine"][0]
     lines = [f"- {name}: {text}" for name, text in sorted(machine["peers"].items())]
+    counts = ", ".join(f"{name} {len(results[name])}" for name in CASES if results.get(name))
     sections = [
-        f"Measured with {machine['text']}.\n\nOther programs:\n\n" + "\n".join(lines) + "\n"
+        f"Measured with {machine['text']}. Runs of each case: {counts}.\n\nOther programs:\n\n"
+        + "\n".join(lines)
+        + "\n"
     ]
     sections += [
         case.report(results[name], docs / "performance")

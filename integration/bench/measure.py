@@ -21,7 +21,7 @@ _SPARE_S = 60.0
 """What a load process may take longer than it should."""
 _UNDER_WAY_S = 0.4
 _STEP = 1.5
-_FINE_STEP = 1.15
+_FINE_STEP = 1.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +175,7 @@ def highest_one_way(
     tunnels: int = 1,
     most: float = 1e6,
 ) -> OneWay:
-    """The highest rate that loses nothing, by steps of 1.5 and then of 1.15 from ``first`` on; at
+    """The highest rate that loses nothing, by steps of 1.5 and then of 1.2 from ``first`` on; at
     a loss each step gets a second chance: other work on this machine costs datagrams, too.
     """
 

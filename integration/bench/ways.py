@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,6 +39,19 @@ def direct(host: str = "127.0.0.1") -> Way:
     return Way("no gateway", host, port, host, port)
 
 
+_ATTEMPTS = 20
+_REPORT_S = 0.7
+"""Workers report twice a second."""
+
+
+def _is_spread(gateway: Gateway, clients: int, workers: int) -> bool:
+    if workers == 1:
+        return True
+    time.sleep(_REPORT_S)
+    most = max(worker["connections"] for worker in gateway.status()["workers"])
+    return bool(most <= -(-clients // workers))
+
+
 @contextlib.contextmanager
 def through_gateway(
     *,
@@ -63,16 +77,23 @@ def through_gateway(
         for number in range(clients):
             target_port = free_udp_port(host)
             target = f"[{host}]:{target_port}" if ":" in host else f"{host}:{target_port}"
-            port, client = stack.enter_context(
-                running_udp_client(
-                    gateway,
-                    target,
-                    engine=client_engine or engine,
-                    name=f"client-{number}",
-                    extra=client_extra,
-                    environ={"TOPPY_UDP_MAX_PEERS": "50000"},
+            for _ in range(_ATTEMPTS):
+                started = contextlib.ExitStack()
+                port, client = started.enter_context(
+                    running_udp_client(
+                        gateway,
+                        target,
+                        engine=client_engine or engine,
+                        name=f"client-{number}",
+                        extra=client_extra,
+                        environ={"TOPPY_UDP_MAX_PEERS": "50000"},
+                    )
                 )
-            )
+                # which worker gets a connection is chance: each is to have its share
+                if _is_spread(gateway, number + 1, workers):
+                    break
+                started.close()
+            stack.push(started)
             ways.append(
                 Way(
                     f"toppy, {engine}",
