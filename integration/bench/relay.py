@@ -209,12 +209,26 @@ def _explain_workers(runs: Sequence[Figures]) -> str:
     one, two = (over(runs, "workers", f"{engine}, {workers}", "rate") for workers in (1, 2))
     if not one or not two:
         return ""
+    with_workers = [run for run in runs if "workers" in run]
     ratios = [b / a for a, b in zip(one, two, strict=True)]
+    cores = [
+        spread(
+            [
+                rate * (run["cpu_us"]["gateway"] + run["cpu_us"]["client"]) / 1e6
+                for run in (each["workers"][f"{engine}, {workers}"] for each in with_workers)
+                for rate in [run["rate"]]
+            ],
+            "{:.2f}",
+        )
+        for workers in (1, 2)
+    ]
     return (
         f"Two workers carry {spread(ratios, '{:.2f}')} times what one does where the gateway is\n"
-        f"what needs the cores (its engine is {engine}, its clients' is {_ENGINES[0]}). On the\n"
-        "native engine generator, clients, workers and sink share two cores: a second worker\n"
-        "finds none free.\n\n"
+        f"what needs the cores (its engine is {engine}, its clients' is {_ENGINES[0]}): one\n"
+        f"worker fills its core; gateway and clients together use {cores[0]} cores with one worker and\n"
+        f"{cores[1]} with two, and generator and sink need the rest of this machine's two. On the\n"
+        "native engine the load shares the cores from the start: a second worker finds none\n"
+        "free.\n\n"
     )
 
 
