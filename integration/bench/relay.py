@@ -226,9 +226,9 @@ def _explain_workers(runs: Sequence[Figures]) -> str:
         f"Two workers carry {spread(ratios, '{:.2f}')} times what one does where the gateway is\n"
         f"what needs the cores (its engine is {engine}, its clients' is {_ENGINES[0]}): one\n"
         f"worker fills its core; gateway and clients together use {cores[0]} cores with one\n"
-        f"worker and {cores[1]} with two, and generator and sink need the rest of this machine's two. On the\n"
-        "native engine the load shares the cores from the start: a second worker finds none\n"
-        "free.\n\n"
+        f"worker and {cores[1]} with two, and generator and sink need the rest of\n"
+        "this machine's two. On the native engine the load shares the cores from the start: a\n"
+        "second worker finds none free.\n\n"
     )
 
 
