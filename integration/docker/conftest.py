@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from integration.docker.engine import CannotStartError, Engine, running_engine
+from integration.cgroup import CannotStartError
+from integration.docker.engine import Engine, running_engine
 from integration.docker.image import BASE_IMAGE, IMAGE, make_base_image, make_context
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from integration.cgroup import CannotStartError, cgroup_root, remove_cgroup
 from integration.processes import start, wait_until
 
 COMMAND_DEADLINE_S = 120.0
@@ -35,10 +36,6 @@ exec ip netns exec "$2" unshare --mount --cgroup sh -ec '
     --pidfile "$1/dockerd.pid" --exec-opt native.cgroupdriver=cgroupfs
 ' sh "$3"
 """
-
-
-class CannotStartError(Exception):
-    """No engine can run here; the text says why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +93,7 @@ class Engine:
 @contextlib.contextmanager
 def running_engine() -> Iterator[Engine]:
     """Raises ``CannotStartError``; leaves nothing behind."""
-    cgroups = _cgroup_root()
+    cgroups = cgroup_root()
     for tool in _TOOLS:
         if shutil.which(tool, path=_PATH) is None:
             raise CannotStartError(f"{tool} is not installed")
@@ -110,7 +107,7 @@ def running_engine() -> Iterator[Engine]:
         _run("ip", "-n", engine.namespace, "link", "set", "lo", "up")
         cgroup = cgroups / engine.namespace
         cgroup.mkdir()
-        cleanup.callback(_remove_cgroup, cgroup)
+        cleanup.callback(remove_cgroup, cgroup)
         log = directory / "dockerd.log"
         arguments = ["sh", "-c", _START, "sh", str(cgroup), engine.namespace, str(directory)]
         running = start(arguments, log, {"PATH": _PATH})
@@ -134,28 +131,6 @@ def running_engine() -> Iterator[Engine]:
         if running.process.poll() is not None:
             raise CannotStartError(f"dockerd ended: {_last_line(log)}")
         yield engine
-
-
-def _cgroup_root() -> Path:
-    if os.geteuid() != 0:
-        raise CannotStartError("it takes root")
-    for line in Path("/proc/self/mountinfo").read_text().splitlines():
-        place, _, kind = line.partition(" - ")
-        if kind.startswith("cgroup2 "):
-            return Path(place.split()[4])
-    raise CannotStartError("there is no cgroup2 file system")
-
-
-def _remove_cgroup(cgroup: Path) -> None:
-    """With whatever still runs in it: containers of an engine that was killed."""
-    (cgroup / "cgroup.kill").write_text("1")
-    wait_until("the end of the containers", lambda: "populated 0" in _events(cgroup))
-    for path, _, _ in os.walk(cgroup, topdown=False):
-        Path(path).rmdir()
-
-
-def _events(cgroup: Path) -> str:
-    return (cgroup / "cgroup.events").read_text()
 
 
 def _run(*arguments: str) -> None:

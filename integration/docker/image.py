@@ -18,7 +18,8 @@ import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
-from integration.docker.engine import CannotStartError, Engine
+from integration.cgroup import CannotStartError
+from integration.docker.engine import Engine
 
 PROJECT = Path(__file__).parents[2]
 BASE_IMAGE = "toppy-base:test"

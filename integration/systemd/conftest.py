@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from integration.docker.engine import CannotStartError as CannotBuildError
+from integration.cgroup import CannotStartError
 from integration.docker.image import make_context
-from integration.systemd.machine import CannotStartError, Machine, running_machine
+from integration.systemd.machine import Machine, running_machine
 from integration.systemd.service import (
     CONFIG,
     IN_MACHINE,
@@ -29,7 +29,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("shared") / Path(IN_MACHINE).name
     try:
         make_context(directory)
-    except CannotBuildError as error:
+    except CannotStartError as error:
         pytest.skip(f"toppy cannot be packed here: {error}")
     shutil.copytree(PROJECT / "systemd", directory / "systemd")
     return directory

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from integration.cgroup import CannotStartError, cgroup_root, remove_cgroup
 from integration.processes import start, wait_until
 
 _SUITE = "trixie"
@@ -46,10 +47,6 @@ exec unshare --mount --propagation private sh -ec '
     --console=pipe --kill-signal=SIGRTMIN+3 --boot
 ' sh "$2" "$3" "$4"
 """
-
-
-class CannotStartError(Exception):
-    """No such machine can run here; the text says why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +152,7 @@ def running_machine(shared: Path) -> Iterator[Machine]:
     """Boot; ``shared`` is /mnt inside, read-only. Leaves nothing behind. Raises
     ``CannotStartError``.
     """
-    cgroups = _cgroup_root()
+    cgroups = cgroup_root()
     for tool in _TOOLS:
         if shutil.which(tool, path=_PATH) is None:
             raise CannotStartError(f"{tool} is not installed")
@@ -167,7 +164,7 @@ def running_machine(shared: Path) -> Iterator[Machine]:
             (directory / name).mkdir()
         cgroup = cgroups / directory.name
         cgroup.mkdir()
-        cleanup.callback(_remove_cgroup, cgroup)
+        cleanup.callback(remove_cgroup, cgroup)
         log = directory / "console.log"
         arguments = ["sh", "-c", _START, "sh", cgroup, directory, root, shared]
         running = start(list(map(str, arguments)), log, {"PATH": _PATH})
@@ -210,24 +207,6 @@ def _leader(cgroup: Path) -> int | None:
                 if numbers is not None and numbers[1].split()[1:] == ["1"]:
                     return int(pid)
     return None
-
-
-def _cgroup_root() -> Path:
-    if os.geteuid() != 0:
-        raise CannotStartError("it takes root")
-    for line in Path("/proc/self/mountinfo").read_text().splitlines():
-        place, _, kind = line.partition(" - ")
-        if kind.startswith("cgroup2 "):
-            return Path(place.split()[4])
-    raise CannotStartError("there is no cgroup2 file system")
-
-
-def _remove_cgroup(cgroup: Path) -> None:
-    """With whatever still runs in it: a machine that did not shut down."""
-    (cgroup / "cgroup.kill").write_text("1")
-    wait_until("the machine's end", lambda: "populated 0" in (cgroup / "cgroup.events").read_text())
-    for path, _, _ in os.walk(cgroup, topdown=False):
-        Path(path).rmdir()
 
 
 def _last_line(text: str) -> str:
