@@ -336,7 +336,7 @@ def test_capsules_of_all_tunnels_together_have_a_bound(bench: Bench) -> None:
     for _ in range(20):
         for tunnel in tunnels:
             bench.router.receive_from_target(tunnel, bytes(30_000), 30_000, bench.link.now)
-    waiting = bench.router._capsule_backlog(tunnels[0].connection)
+    waiting = bench.router._udp._capsule_backlog(tunnels[0].connection)
     assert 200_000 < waiting <= LIMITS.connection_capsule_queue_bytes + 1000
     assert bench.router.snapshot().drops["capsule_queue_full"] > 10
 

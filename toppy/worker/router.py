@@ -8,18 +8,12 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 
 from toppy.errors import PeerError, TargetError
 from toppy.model.counters import WorkerCounters
-from toppy.model.drop_reason import DropReason
 from toppy.model.grant import Denial, Grant
-from toppy.net.udp_socket import SendResult
 from toppy.protocol.udp_tunnel import (
     Buffer,
-    UdpTunnel,
-    count_payloads,
-    encode_datagram_capsules,
 )
 from toppy.quic.endpoint import (
     H3_ALPN,
@@ -37,9 +31,7 @@ from toppy.quic.gate import ConnectionGate
 from toppy.quic.h3 import H3_CONNECT_ERROR, H3_EXCESSIVE_LOAD, H3_NO_ERROR, H3_REQUEST_CANCELLED
 from toppy.wire.capsule import (
     BARRIER_FIELD,
-    MOST_BARRIERS,
     RENEWAL_FIELD,
-    encode_barrier,
     encode_tunnel_closed,
     encode_wrap_up,
 )
@@ -50,50 +42,22 @@ from toppy.wire.ipc_message import (
     LiveConnection,
     LiveTunnel,
     TokenAnswer,
-    TokenRequest,
 )
 from toppy.wire.proxy_status import encode_proxy_status
-from toppy.worker.tunnel import Ping, Renewal, RouterLimits, RouterShell, Tunnel
+from toppy.worker.pings import Pings
+from toppy.worker.questions import Questions
+from toppy.worker.tunnel import Peer, Ping, Renewal, RouterLimits, RouterShell, Tunnel
+from toppy.worker.udp_relay import UdpRelay
 
 ECHO_PORTS = (7, 9)
 """The built-in echo answers for the gateway's own name on echo's and discard's port (T-066)."""
 
-_PING_BYTES = 8192 + 5
 _OVERFLOW_INTERVAL_S = 5.0
 """Only a tunnel that was busy so recently can have lost something; a few ticks fit in."""
-_PINGS_AT_ONCE = 8
-"""Of one connection, that the control plane has not answered yet."""
 _GOAWAY_GRACE_S = 1.0
 """A client that was told to go elsewhere leaves by itself; one without tunnels is sent away."""
-_EARLY_STREAMS = 16
-"""Of how many requests that are still on their way one connection's datagrams are held."""
 
 _ENDED_EARLY = Denial(400, "http_request_error", "the request ended before the tunnel began")
-
-_DROP_REASON = {
-    SendResult.WOULD_BLOCK: DropReason.TARGET_BUFFER_FULL,
-    SendResult.UNREACHABLE: DropReason.TARGET_UNREACHABLE,
-    SendResult.TOO_LARGE: DropReason.TOO_LARGE_FOR_TARGET,
-    SendResult.FAILED: DropReason.TARGET_UNREACHABLE,
-}
-
-
-@dataclass(slots=True)
-class _Peer:
-    """One connection."""
-
-    tunnels: set[Tunnel]
-    failed_auth: int = 0
-    newest_request: int = -1
-    """Quarter stream ID of the newest request."""
-    early: dict[int, UdpTunnel] = field(default_factory=dict)
-    """Datagrams that overtook their request, by quarter stream ID."""
-    pings: dict[int, bytes] | None = None
-    """Connections that speak ``toppy-ping``: what each stream has said so far."""
-    pings_asked: int = 0
-    """Pings of this connection that the control plane has not answered yet."""
-    opened_at: float = 0.0
-    """Unix time."""
 
 
 class Router:
@@ -117,15 +81,14 @@ class Router:
         self._limits = limits
         self._proxy_name = proxy_name
         self._own_names = own_names
-        self._peers: dict[int, _Peer] = {}
+        self._peers: dict[int, Peer] = {}
         self._tunnels: dict[tuple[int, int], Tunnel] = {}
-        self._questions: dict[int, Tunnel | Ping | Renewal] = {}
-        self._next_question = 1
-        self._early_peers: set[int] = set()
         self._drained_since: float | None = None
-        self._unanswered_barriers: list[Tunnel] = []
         self._unix_now = unix_now
         self.counters = WorkerCounters()
+        self._questions = Questions(shell, limits.max_pending_admissions)
+        self._udp = UdpRelay(endpoint, limits, self.counters, self._tunnels, self._peers)
+        self._pings = Pings(endpoint, self._questions, self.counters, self._peers)
 
     # events from the network
 
@@ -133,60 +96,7 @@ class Router:
         """Take everything that the endpoint has."""
         for event in self._endpoint.poll_events(now):
             self._handle(event, now)
-        for (
-            connection,
-            quarter_stream_id,
-            payloads,
-            segment_size,
-        ) in self._endpoint.poll_datagrams():
-            tunnel = self._tunnels.get((connection, quarter_stream_id))
-            if tunnel is None:
-                self._hold_early(connection, quarter_stream_id, payloads, segment_size)
-            elif tunnel.target is None and tunnel.grant is None:
-                dropped = tunnel.protocol.hold(payloads, segment_size)
-                self._drop(DropReason.EARLY_QUEUE_FULL, dropped)
-            else:
-                self._send_to_target(tunnel, payloads, segment_size, now)
-        if self._unanswered_barriers:
-            self._answer_barriers()
-
-    def _answer_barriers(self) -> None:
-        """What came before them, in the same packets too, has gone to the targets by now."""
-        for tunnel in self._unanswered_barriers:
-            if tunnel.grant is not None:
-                self._endpoint.send_body(tunnel.connection, tunnel.stream_id, encode_barrier())
-        self._unanswered_barriers.clear()
-
-    def _hold_early(
-        self, connection: int, quarter_stream_id: int, payloads: bytes, segment_size: int
-    ) -> None:
-        """Datagrams without a tunnel: their request may be on its way (RFC 9297 section 2.1)."""
-        peer = self._peers.get(connection)
-        if peer is None or quarter_stream_id <= peer.newest_request:
-            count = count_payloads(len(payloads), segment_size)
-            self._drop(DropReason.UNKNOWN_STREAM, count)
-            return
-        held = peer.early.get(quarter_stream_id)
-        if held is None:
-            if len(peer.early) >= _EARLY_STREAMS:
-                count = count_payloads(len(payloads), segment_size)
-                self._drop(DropReason.EARLY_QUEUE_FULL, count)
-                return
-            held = peer.early[quarter_stream_id] = self._new_protocol()
-            self._early_peers.add(connection)
-        self._drop(DropReason.EARLY_QUEUE_FULL, held.hold(payloads, segment_size))
-
-    def _new_protocol(self) -> UdpTunnel:
-        return UdpTunnel(
-            hold_datagrams=self._limits.early_datagrams_per_tunnel,
-            hold_bytes=self._limits.early_bytes_per_tunnel,
-        )
-
-    def _drop_early(self, peer: _Peer) -> None:
-        for held in peer.early.values():
-            for payloads, segment_size in held.discard_held():
-                self._drop(DropReason.UNKNOWN_STREAM, count_payloads(len(payloads), segment_size))
-        peer.early.clear()
+        self._udp.pump(now)
 
     def _handle(self, event: EndpointEvent, now: float) -> None:
         match event:
@@ -202,7 +112,7 @@ class Router:
             case ConnectionOpened(connection=connection, alpn_protocol=alpn):
                 self._gate.completed(connection)
                 self.counters.handshakes_completed += 1
-                self._peers[connection] = _Peer(
+                self._peers[connection] = Peer(
                     tunnels=set(),
                     pings={} if alpn == PING_ALPN else None,
                     opened_at=self._unix_now,
@@ -214,11 +124,12 @@ class Router:
                     self.counters.handshakes_failed += 1
                 peer = self._peers.pop(connection, None)
                 if peer is not None:
-                    self._drop_early(peer)
+                    self._udp.drop_early(peer)
                     for tunnel in list(peer.tunnels):
                         self._forget(tunnel, "its connection ended", from_peer=False)
             case RawStreamReceived():
-                self._receive_ping(event, now)
+                if not self._pings.receive(event, now):
+                    self._count_failed_auth(event.connection, now)
 
     def _receive_abort(self, connection: int, stream_id: int) -> None:
         tunnel = self._tunnels.get((connection, stream_id // 4))
@@ -257,7 +168,7 @@ class Router:
             denial = Denial(429, "connection_limit_reached", "too many tunnels on this connection")
             self._refuse(connection, stream_id, denial)
             return
-        protocol = peer.early.pop(stream_id // 4, None) or self._new_protocol()
+        protocol = self._udp.begin(peer, stream_id // 4)
         target = request.target
         is_echo = (
             not request.is_forward
@@ -266,7 +177,7 @@ class Router:
         )
         source = self._engine.peer_address(connection)
         question = AdmissionRequest(
-            request=self._next_question,
+            request=self._questions.next_number,
             authorization=request.authorization,
             host=target.host,
             port=target.port,
@@ -277,14 +188,10 @@ class Router:
             quarter_stream_id=stream_id // 4,
         )
         tunnel = Tunnel(connection, stream_id, protocol, question, now=now)
-        if len(self._questions) >= self._limits.max_pending_admissions or not self._shell.ask(
-            question
-        ):
+        if not self._questions.ask(tunnel):
             denial = Denial(429, "connection_limit_reached", "too many tunnels are being opened")
             self._refuse(connection, stream_id, denial)
             return
-        self._next_question += 1
-        self._questions[question.request] = tunnel
         peer.tunnels.add(tunnel)
         self._tunnels[tunnel.key] = tunnel
 
@@ -298,13 +205,10 @@ class Router:
 
     def receive_answer(self, answer: Admitted | TokenAnswer, now: float) -> None:
         """The control plane decided. Answers to questions that timed out are ignored."""
-        asked = self._questions.pop(answer.request, None)
+        asked = self._questions.take(answer.request)
         if isinstance(answer, TokenAnswer):
             if isinstance(asked, Ping):
-                peer = self._peers.get(asked.connection)
-                if peer is not None:
-                    peer.pings_asked -= 1
-                self._answer_ping(asked.connection, asked.stream_id, is_valid=answer.is_valid)
+                self._pings.receive_answer(asked, is_valid=answer.is_valid)
                 if not answer.is_valid:
                     self._count_failed_auth(asked.connection, now)
             return
@@ -344,14 +248,12 @@ class Router:
             tunnel.stream_id,
             [*response_headers(200), BARRIER_FIELD, RENEWAL_FIELD],
         )
-        for payloads, segment_size in tunnel.protocol.open():
-            self._send_to_target(tunnel, payloads, segment_size, now)
+        self._udp.open(tunnel, now)
         if self._drained_since is not None:
             self._tell_to_wrap_up(tunnel)
 
     def _deny(self, tunnel: Tunnel, denial: Denial, now: float) -> None:
-        for payloads, segment_size in tunnel.protocol.discard_held():
-            self._drop(DropReason.TUNNEL_REFUSED, count_payloads(len(payloads), segment_size))
+        self._udp.refuse(tunnel)
         self._forget(tunnel, denial.details)
         self._refuse(tunnel.connection, tunnel.stream_id, denial)
         if denial.status == 401:
@@ -389,104 +291,22 @@ class Router:
         tunnel = self._tunnels.get((event.connection, event.stream_id // 4))
         if tunnel is None:
             return
-        protocol = tunnel.protocol
-        unknown_before = protocol.unknown_contexts
         try:
-            payloads = protocol.receive_body(event.data, ended=event.ended)
+            self._udp.receive_body(tunnel, event, now)
         except PeerError as error:
             self._close_tunnel(tunnel, error.h3_error_code)
             return
-        self._drop(DropReason.UNKNOWN_CONTEXT, protocol.unknown_contexts - unknown_before)
-        self.counters.capsules_received += len(payloads)
-        for payload in payloads:
-            if tunnel.grant is None:
-                self._drop(DropReason.EARLY_QUEUE_FULL, protocol.hold(payload, len(payload)))
-            else:
-                self._send_to_target(tunnel, payload, len(payload), now)
-        if tunnel.barriers_answered < min(protocol.barriers, MOST_BARRIERS):
-            tunnel.barriers_answered += 1
-            self._unanswered_barriers.append(tunnel)
         if event.ended and tunnel.grant is None:
             self._deny(tunnel, _ENDED_EARLY, now)
         elif event.ended:
             self._endpoint.send_body(event.connection, event.stream_id, b"", end=True)
             self._forget(tunnel, "the client ended it")
 
-    def _send_to_target(
-        self, tunnel: Tunnel, payloads: Buffer, segment_size: int, now: float
-    ) -> None:
-        counters = self.counters
-        count = count_payloads(len(payloads), segment_size)
-        tunnel.last_active = now
-        if tunnel.target is None:  # echo
-            counters.datagrams_to_target += count
-            counters.bytes_to_target += len(payloads)
-            self.receive_from_target(tunnel, payloads, segment_size, now)
-            return
-        target = tunnel.target
-        result = target.send(payloads, segment_size)
-        sent = len(payloads)
-        if result is SendResult.UNREACHABLE and not target.sent_bytes:
-            # the error belongs to an earlier datagram (ICMP); this one was not sent yet
-            result = target.send(payloads, segment_size)
-        if result is not SendResult.SENT:
-            sent = target.sent_bytes
-            unsent = count - (sent // segment_size if segment_size else 0)
-            self._drop(_DROP_REASON[result], unsent)
-            tunnel.drops += unsent
-            count -= unsent
-        counters.datagrams_to_target += count
-        counters.bytes_to_target += sent
-        tunnel.datagrams_to_target += count
-        tunnel.bytes_to_target += sent
-
     def receive_from_target(
         self, tunnel: Tunnel, payloads: Buffer, segment_size: int, now: float
     ) -> None:
         """What a target socket received: on to the client."""
-        count = count_payloads(len(payloads), segment_size)
-        tunnel.last_active = now
-        connection, quarter_stream_id = tunnel.connection, tunnel.stream_id // 4
-        largest = segment_size or len(payloads)
-        if not tunnel.capsules_only and largest <= self._engine.max_payload_bytes(
-            connection, quarter_stream_id
-        ):
-            self._engine.send_datagrams(connection, quarter_stream_id, payloads, segment_size)
-        else:
-            backlog = self._engine.stream_backlog_bytes(connection, tunnel.stream_id)
-            if (
-                backlog + len(payloads) > self._limits.capsule_queue_bytes
-                or self._capsule_backlog(connection) + len(payloads)
-                > self._limits.connection_capsule_queue_bytes
-            ):
-                self._drop(DropReason.CAPSULE_QUEUE_FULL, count)
-                tunnel.drops += count
-                return
-            capsules = encode_datagram_capsules(payloads, segment_size)
-            self._endpoint.send_body(connection, tunnel.stream_id, capsules)
-            self.counters.capsules_sent += count
-        self.counters.datagrams_to_client += count
-        self.counters.bytes_to_client += len(payloads)
-        tunnel.datagrams_to_client += count
-        tunnel.bytes_to_client += len(payloads)
-
-    def _capsule_backlog(self, connection: int) -> int:
-        """What waits on all tunnels' streams of a connection, in bytes."""
-        return sum(
-            self._engine.stream_backlog_bytes(connection, tunnel.stream_id)
-            for tunnel in self._peers[connection].tunnels
-        )
-
-    def _drop(self, reason: DropReason, count: int) -> None:
-        if count:
-            self.counters.count_drop(reason, count)
-
-    def _count_overflow(self, tunnel: Tunnel) -> None:
-        if tunnel.target is not None:
-            overflow = tunnel.target.overflow
-            self._drop(DropReason.TARGET_OVERFLOW, overflow - tunnel.overflow)
-            tunnel.drops += overflow - tunnel.overflow
-            tunnel.overflow = overflow
+        self._udp.receive_from_target(tunnel, payloads, segment_size, now)
 
     # the end of things
 
@@ -503,7 +323,7 @@ class Router:
         if from_peer:
             self._peers[tunnel.connection].tunnels.discard(tunnel)
         if tunnel.target is not None:
-            self._count_overflow(tunnel)
+            self._udp.count_overflow(tunnel)
             tunnel.target.close()
         if tunnel.grant is not None:
             self._tell_closed(tunnel, tunnel.grant, reason)
@@ -559,8 +379,7 @@ class Router:
 
     def ask_again(self) -> None:
         """There is a new control plane: put every open question to it."""
-        for asked in self._questions.values():
-            self._shell.ask(asked.request)
+        self._questions.ask_again()
 
     def live_tunnels(self, *, with_authorization: bool) -> Iterator[LiveTunnel]:
         """Every open tunnel."""
@@ -588,31 +407,27 @@ class Router:
             self._close_idle_drained(now)
         for connection in self._gate.overdue(now):
             self._endpoint.close(connection, H3_NO_ERROR, "the handshake took too long", now)
-        for connection in self._early_peers:
-            peer = self._peers.get(connection)
-            if peer is not None:
-                self._drop_early(peer)
-        self._early_peers.clear()
+        self._udp.forget_early()
         limits = self._limits
-        for request, asked in list(self._questions.items()):
+        for number, asked in self._questions:
             if isinstance(asked, Tunnel):
                 if asked.key not in self._tunnels:
-                    del self._questions[request]
+                    self._questions.take(number)
                 elif now - asked.asked_at >= limits.admission_timeout_s:
-                    del self._questions[request]
+                    self._questions.take(number)
                     denial = Denial(
                         504, "proxy_internal_error", "the gateway took too long to decide"
                     )
                     self._deny(asked, denial, now)
             elif asked.connection not in self._peers:
-                del self._questions[request]
+                self._questions.take(number)
         for tunnel in list(self._tunnels.values()):
             grant = tunnel.grant
             if grant is None:
                 continue
             self._ask_about_renewal(tunnel)
             if now - tunnel.last_active < _OVERFLOW_INTERVAL_S:
-                self._count_overflow(tunnel)
+                self._udp.count_overflow(tunnel)
             is_expired = grant.expires_at is not None and unix_now >= grant.expires_at
             if is_expired or now - tunnel.last_active >= limits.tunnel_idle_timeout_s:
                 self._endpoint.send_body(tunnel.connection, tunnel.stream_id, b"", end=True)
@@ -621,12 +436,11 @@ class Router:
 
     def _ask_about_renewal(self, tunnel: Tunnel) -> None:
         """Once per tick at most: a client's newer token costs the control plane a decision."""
-        if len(self._questions) >= self._limits.max_pending_admissions:
+        if self._questions.is_full:
             return
-        renewal = tunnel.take_renewal(self._next_question)
-        if renewal is not None and self._shell.ask(renewal.request):
-            self._next_question += 1
-            tunnel.renewal = self._questions[renewal.request.request] = renewal
+        renewal = tunnel.take_renewal(self._questions.next_number)
+        if renewal is not None and self._questions.ask(renewal):
+            tunnel.renewal = renewal
 
     def close(self, now: float) -> None:
         """The gateway stops: say so on every connection."""
@@ -635,43 +449,6 @@ class Router:
         for tunnel in list(self._tunnels.values()):
             self.counters.tunnels_cut += tunnel.grant is not None
             self._forget(tunnel, "its worker ended")
-
-    # toppy-ping (T-064)
-
-    def _receive_ping(self, event: RawStreamReceived, now: float) -> None:
-        peer = self._peers.get(event.connection)
-        if peer is None or peer.pings is None:
-            return
-        said = peer.pings.pop(event.stream_id, b"") + event.data
-        if len(said) > _PING_BYTES:
-            self._endpoint.close(event.connection, H3_EXCESSIVE_LOAD, "the ping is too long", now)
-            return
-        if not event.ended:
-            peer.pings[event.stream_id] = said
-            return
-        self.counters.pings += 1
-        word, _, token = said.decode("utf-8", "replace").strip().partition(" ")
-        question = TokenRequest(request=self._next_question, authorization=token.strip() or None)
-        if (
-            word != "ping"
-            or peer.pings_asked >= _PINGS_AT_ONCE
-            or not self._ask_about_ping(question)
-        ):
-            self._answer_ping(event.connection, event.stream_id, is_valid=False)
-            self._count_failed_auth(event.connection, now)
-            return
-        self._next_question += 1
-        peer.pings_asked += 1
-        self._questions[question.request] = Ping(event.connection, event.stream_id, question)
-
-    def _ask_about_ping(self, question: TokenRequest) -> bool:
-        return len(self._questions) < self._limits.max_pending_admissions and self._shell.ask(
-            question
-        )
-
-    def _answer_ping(self, connection: int, stream_id: int, *, is_valid: bool) -> None:
-        answer = b"pong" if is_valid else b"unauthorized"
-        self._engine.send_stream(connection, stream_id, answer, end=True)
 
     # what is there
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import msgspec
@@ -210,3 +210,21 @@ class Tunnel:
             bytes_to_client=self.bytes_to_client,
             drops=self.drops,
         )
+
+
+@dataclass(slots=True)
+class Peer:
+    """One connection."""
+
+    tunnels: set[Tunnel]
+    failed_auth: int = 0
+    newest_request: int = -1
+    """Quarter stream ID of the newest request."""
+    early: dict[int, UdpTunnel] = field(default_factory=dict)
+    """Datagrams that overtook their request, by quarter stream ID."""
+    pings: dict[int, bytes] | None = None
+    """Connections that speak ``toppy-ping``: what each stream has said so far."""
+    pings_asked: int = 0
+    """Pings of this connection that the control plane has not answered yet."""
+    opened_at: float = 0.0
+    """Unix time."""
