@@ -228,11 +228,13 @@ def test_what_needs_a_restart_is_said(directory: Path) -> None:
         done = try_operation(gateway, "reload")
         assert done.returncode == 0
         assert "warning: listen.quic changed: applies at the next restart\n" in done.stdout
+        wait_until("the old worker's end", lambda: len(worker_pids(gateway)) == 1)
+        workers = worker_pids(gateway)
         change_config(gateway, "workers = 1", "workers = 2")
         done = try_operation(gateway, "reload", "--policy-only")
         assert "warning: workers changed: applies at the next reload\n" in done.stdout
         assert gateway.status()["listen"] == [f"127.0.0.1:{gateway.port}"]
-        assert len(worker_pids(gateway)) == 1
+        assert worker_pids(gateway) == workers
 
 
 @pytest.mark.parametrize("when_full", ["fail", "wait"])
