@@ -18,7 +18,7 @@ from types import ModuleType
 
 from rich.console import Console
 
-from integration.bench import paths, peers, relay, scale, setup, side_by_side
+from integration.bench import paths, peers, relay, scale, setup, side_by_side, workers
 from integration.bench.figures import Figures
 from integration.bench.quick import measure_quick
 from toppy import __version__
@@ -29,6 +29,7 @@ CASES: dict[str, ModuleType] = {
     "scale": scale,
     "paths": paths,
     "side_by_side": side_by_side,
+    "workers": workers,
 }
 _RUNS = 3
 _DOCS = Path(__file__).parents[2] / "docs"

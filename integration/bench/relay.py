@@ -68,24 +68,6 @@ def measure(*, is_quick: bool) -> Figures:
         engine = _ENGINES[0]
         with through_gateway(engine=engine, host="::1") as ways:
             figures["IPv6"][engine] = asdict(highest_one_way(ways, _FIRST[engine], 1.0, most=_MOST))
-        figures["workers"] = _measure_workers()
-    return figures
-
-
-def _measure_workers() -> Figures:
-    """The worker count alone differs: two clients, each with a connection of its own. The gateway
-    is on the slow engine and the clients on the fast one, so that the gateway needs the cores and
-    its clients do not.
-    """
-    figures: Figures = {}
-    for gateway_engine in _ENGINES:
-        for workers in (1, 2):
-            with through_gateway(
-                engine=gateway_engine, client_engine=_ENGINES[0], workers=workers, clients=2
-            ) as ways:
-                first = _FIRST[gateway_engine] / 2
-                run = highest_one_way(ways, first, 1.0, most=_MOST)
-                figures[f"{gateway_engine}, {workers}"] = asdict(run)
     return figures
 
 
@@ -169,18 +151,7 @@ def report(runs: Sequence[Figures], plots: Path) -> str:
         for tunnels in _TUNNELS
     ]
     rows += [_single_row(runs, f"{engine}, over IPv6", "IPv6", engine) for engine in _ENGINES[:1]]
-    rows += [
-        _single_row(
-            runs,
-            f"gateway on {engine}, {workers} worker{'s' if workers > 1 else ''}, two clients",
-            "workers",
-            f"{engine}, {workers}",
-        )
-        for engine in _ENGINES
-        for workers in (1, 2)
-    ]
     text += "1,200 bytes, in other shapes:\n\n" + table(["way", "datagrams/s", *cpu], rows) + "\n"
-    text += _explain_workers(runs)
     text += "## Echo, round trip in microseconds\n\n"
     text += (
         "Added: more than the same echo without a gateway, in the same run. CPU is that of the\n"
@@ -202,34 +173,6 @@ def report(runs: Sequence[Figures], plots: Path) -> str:
     ]
     text += "\n1,200 bytes at 10,000/s in all, native, spread over tunnels of one connection:\n\n"
     return text + table(["tunnels", "p50", "p99", "p99.9"], rows)
-
-
-def _explain_workers(runs: Sequence[Figures]) -> str:
-    engine = _ENGINES[-1]
-    one, two = (over(runs, "workers", f"{engine}, {workers}", "rate") for workers in (1, 2))
-    if not one or not two:
-        return ""
-    with_workers = [run for run in runs if "workers" in run]
-    ratios = [b / a for a, b in zip(one, two, strict=True)]
-    cores = [
-        spread(
-            [
-                rate * (run["cpu_us"]["gateway"] + run["cpu_us"]["client"]) / 1e6
-                for run in (each["workers"][f"{engine}, {workers}"] for each in with_workers)
-                for rate in [run["rate"]]
-            ],
-            "{:.2f}",
-        )
-        for workers in (1, 2)
-    ]
-    return (
-        f"Two workers carry {spread(ratios, '{:.2f}')} times what one does where the gateway is\n"
-        f"what needs the cores (its engine is {engine}, its clients' is {_ENGINES[0]}): one\n"
-        f"worker fills its core; gateway and clients together use {cores[0]} cores with one\n"
-        f"worker and {cores[1]} with two, and generator and sink need the rest of\n"
-        "this machine's two. On the native engine the load shares the cores from the start: a\n"
-        "second worker finds none free.\n\n"
-    )
 
 
 def _plot_rates(runs: Sequence[Figures], kinds: Sequence[str], plots: Path) -> str:
