@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,6 +13,7 @@ from toppy.wire.proxy_status import (
     ProxyStatus,
     encode_proxy_status,
     explain,
+    failure_of_errno,
     parse_proxy_status,
     recommended_status,
 )
@@ -158,3 +161,25 @@ def test_the_error_type_gives_better_advice_than_the_status() -> None:
     assert "names it" in explain(403, ProxyStatus("gw", "destination_ip_prohibited"))
     assert "token" in explain(401, ProxyStatus("gw", "http_request_denied"))
     assert explain(403, ProxyStatus("gw", rule="r")).startswith("403: (rule 'r'); ")
+
+
+@pytest.mark.parametrize(
+    ("number", "failure"),
+    [
+        (errno.ECONNREFUSED, (502, "connection_refused")),
+        (errno.ETIMEDOUT, (504, "connection_timeout")),
+        (errno.ENETUNREACH, (502, "destination_ip_unroutable")),
+        (errno.EHOSTUNREACH, (502, "destination_ip_unroutable")),
+        (errno.EMFILE, (503, "connection_limit_reached")),
+        (errno.EINVAL, (502, "destination_unavailable")),
+        (None, (502, "destination_unavailable")),
+    ],
+)
+def test_a_connect_that_fails_has_its_reason(number: int | None, failure: tuple[int, str]) -> None:
+    assert failure_of_errno(number) == failure
+
+
+@pytest.mark.parametrize("status", [425, 501, 508])
+def test_a_status_of_tcp_tunnels_says_what_to_do(status: int) -> None:
+    said = explain(status, None)
+    assert any(word in said for word in ("try again", "ask", "older version"))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from toppy.errors import DatagramError, PeerError
-from toppy.wire.varint import encode_varint, read_varint
+from toppy.wire.varint import MAX_VARINT, encode_varint, read_varint
 
 DATAGRAM = 0x00
 """RFC 9297 section 3.5."""
@@ -68,19 +69,17 @@ def encode_tunnel_closed(proxy_status: str) -> bytes:
     return encode_capsule(TUNNEL_CLOSED, value)
 
 
-class CapsuleParser:
-    """Cuts a stream into capsules, whatever its chunks.
+class _HeaderReader:
+    """Reads types and lengths, whatever the chunks, and keeps at most one unfinished header.
 
-    A known type whose declared length exceeds ``max_value_bytes`` is refused before a byte of it
-    is buffered, and so is everything after it; unknown types are skipped without being buffered,
-    whatever their length (RFC 9297 section 3.2). Keeps at most one unfinished value.
+    A type of ``bounds`` whose declared length exceeds its bound is refused before a byte of its
+    value is taken, and so is everything after it.
     """
 
-    def __init__(
-        self, max_value_bytes: int, known_types: frozenset[int] = frozenset({DATAGRAM})
-    ) -> None:
-        self._max_value_bytes = max_value_bytes
-        self._known_types = known_types
+    _refusal_class: type[PeerError] = PeerError
+
+    def __init__(self, bounds: Mapping[int, int]) -> None:
+        self._bounds = bounds
         self._header = b""
         self._type: int | None = None
         self._remaining = 0
@@ -88,6 +87,48 @@ class CapsuleParser:
         self._refusal = ""
         self.skipped = 0
         """Capsules of unknown types so far."""
+
+    def _read_header(self, data: bytes, offset: int) -> int | None:
+        """Read type and length; the offset behind them in ``data``, or None when it ends before."""
+        pending = len(self._header)
+        head = self._header + data[offset : offset + _HEADER_BYTES - pending]
+        kind = read_varint(head)
+        length = read_varint(head, kind[1]) if kind is not None else None
+        if kind is None or length is None:
+            self._header = head
+            return None
+        self._header = b""
+        self._type, self._remaining = kind[0], length[0]
+        bound = self._bounds.get(self._type)
+        if bound is None:
+            self.skipped += 1
+        elif self._remaining > bound:
+            self._refusal = (
+                f"a capsule of {self._remaining} bytes is too large, at most {bound} are taken"
+            )
+            raise self._refusal_class(self._refusal)
+        return offset + length[1] - pending
+
+    def receive_end(self) -> None:
+        """The stream ended. Raises ``PeerError`` when that was in the middle of a capsule."""
+        if self._type is not None or self._header:
+            raise PeerError("the stream ended in the middle of a capsule")
+
+
+class CapsuleParser(_HeaderReader):
+    """Cuts a stream into capsules, whatever its chunks.
+
+    A known type whose declared length exceeds ``max_value_bytes`` is refused before a byte of it
+    is buffered, and so is everything after it; unknown types are skipped without being buffered,
+    whatever their length (RFC 9297 section 3.2). Keeps at most one unfinished value.
+    """
+
+    _refusal_class = DatagramError
+
+    def __init__(
+        self, max_value_bytes: int, known_types: frozenset[int] = frozenset({DATAGRAM})
+    ) -> None:
+        super().__init__(dict.fromkeys(known_types, max_value_bytes))
 
     def receive(self, data: bytes) -> list[Capsule]:
         """Capsules that ``data`` completes. Raises ``DatagramError`` for one that is too large."""
@@ -105,7 +146,7 @@ class CapsuleParser:
             taken = data[offset : offset + self._remaining]
             offset += len(taken)
             self._remaining -= len(taken)
-            if self._type in self._known_types:
+            if self._type in self._bounds:
                 if self._remaining or self._value:
                     self._value += taken
                 if not self._remaining:
@@ -115,28 +156,50 @@ class CapsuleParser:
                 return capsules
             self._type = None
 
-    def _read_header(self, data: bytes, offset: int) -> int | None:
-        """Read type and length; the offset behind them in ``data``, or None when it ends before."""
-        pending = len(self._header)
-        head = self._header + data[offset : offset + _HEADER_BYTES - pending]
-        kind = read_varint(head)
-        length = read_varint(head, kind[1]) if kind is not None else None
-        if kind is None or length is None:
-            self._header = head
-            return None
-        self._header = b""
-        self._type, self._remaining = kind[0], length[0]
-        if self._type not in self._known_types:
-            self.skipped += 1
-        elif self._remaining > self._max_value_bytes:
-            self._refusal = (
-                f"a capsule of {self._remaining} bytes is too large, "
-                f"at most {self._max_value_bytes} are taken"
-            )
-            raise DatagramError(self._refusal)
-        return offset + length[1] - pending
 
-    def receive_end(self) -> None:
-        """The stream ended. Raises ``PeerError`` when that was in the middle of a capsule."""
-        if self._type is not None or self._header:
-            raise PeerError("the stream ended in the middle of a capsule")
+CapsulePiece = tuple[int, bytes | memoryview, bool]
+"""(type, value or the next part of it, whether the capsule ends with it)."""
+
+
+class StreamCapsuleParser(_HeaderReader):
+    """Cuts a stream whose payload travels in capsules of any length.
+
+    Values of ``streamed_types`` are handed on as they come, without a copy and without waiting for
+    their end. Those of the types in ``bounds`` come whole, and may have so many bytes at most;
+    all others are skipped (RFC 9297 section 3.2).
+    """
+
+    def __init__(self, streamed_types: frozenset[int], bounds: Mapping[int, int]) -> None:
+        super().__init__({**bounds, **dict.fromkeys(streamed_types, MAX_VARINT)})
+        self._streamed_types = streamed_types
+
+    def receive(self, data: bytes) -> list[CapsulePiece]:
+        """What ``data`` brings, as views of it. Raises ``PeerError`` for a capsule too large."""
+        if self._refusal:
+            raise PeerError(self._refusal)
+        pieces: list[CapsulePiece] = []
+        size = len(data)
+        offset = 0
+        while True:
+            if self._type is None:
+                found = self._read_header(data, offset)
+                if found is None:
+                    return pieces
+                offset = found
+            assert self._type is not None
+            end = min(offset + self._remaining, size)
+            self._remaining -= end - offset
+            is_whole = not self._remaining
+            if self._type in self._streamed_types:
+                if end > offset or is_whole:
+                    part = memoryview(data)[offset:end] if end - offset < size else data
+                    pieces.append((self._type, part, is_whole))
+            elif self._type in self._bounds:
+                self._value += data[offset:end]
+                if is_whole:
+                    pieces.append((self._type, bytes(self._value), True))
+                    self._value = bytearray()
+            offset = end
+            if not is_whole:
+                return pieces
+            self._type = None

@@ -19,6 +19,7 @@ from toppy.model.target import Target
 ECHO_PATH_PREFIX: Final = "/.well-known/masque/udp/"
 FORWARD_PATH_PREFIX: Final = "/.well-known/masque/udp-forward/"
 DEFAULT_TEMPLATE_PATH: Final = "/.well-known/masque/udp/{target_host}/{target_port}/"
+CHALLENGE: Final = b'Bearer realm="toppy"'
 FORWARD_TEMPLATE_PATH: Final = "/.well-known/masque/udp-forward/{target_host}/{target_port}/"
 
 _LABEL = re.compile(r"(?!-)[a-z0-9_-]{1,63}(?<!-)\Z")
@@ -31,7 +32,8 @@ _AUTHORITY = re.compile(r"[!$&-.0-;=A-\[\]_a-z~]+\Z")
 _VARIABLE = r"[A-Za-z0-9_](?:\.?[A-Za-z0-9_])*"
 _EXPRESSION = re.compile(rf"\{{([?&]?)({_VARIABLE}(?:,{_VARIABLE})*)\}}")
 _PLAIN = re.compile(r"[!$-;=?-\[\]_a-z~]*\Z")
-_NOT_WITH_CAPSULES = (b"content-length", b"content-type", b"transfer-encoding")
+_NOT_OF_A_TUNNEL = (b"content-length", b"content-type", b"transfer-encoding")
+_SINGLE = frozenset({b"authorization", b"proxy-authorization", b"expect", b"early-data"})
 _VARIABLES = frozenset({"target_host", "target_port"})
 _MAX_NAME_BYTES = 253
 
@@ -63,12 +65,17 @@ def parse_request_path(path: str) -> ConnectUdpRequest:
     """
     for prefix, is_forward in ((ECHO_PATH_PREFIX, False), (FORWARD_PATH_PREFIX, True)):
         if path.startswith(prefix):
-            host, slash, port = path.removeprefix(prefix).removesuffix("/").partition("/")
-            if not slash or "/" in port:
-                raise RequestError("the path must end in HOST/PORT/")
-            target = Target(parse_host(_percent_decode(host)), parse_port(_percent_decode(port)))
-            return ConnectUdpRequest(target, is_forward)
+            host, port = parse_path_target(path.removeprefix(prefix))
+            return ConnectUdpRequest(Target(host, port), is_forward)
     raise RequestError("there is nothing at this path", status=404)
+
+
+def parse_path_target(tail: str) -> tuple[str, int]:
+    """The target of ``HOST/PORT/``, percent-decoded once. Raises ``RequestError``."""
+    host, slash, port = tail.removesuffix("/").partition("/")
+    if not slash or "/" in port:
+        raise RequestError("the path must end in HOST/PORT/")
+    return parse_host(_percent_decode(host)), parse_port(_percent_decode(port))
 
 
 def _percent_decode(text: str) -> str:
@@ -116,37 +123,59 @@ def parse_port(text: str) -> int:
     return int(text)
 
 
-def validate_request(headers: Iterable[tuple[bytes, bytes]]) -> ConnectUdpRequest:
-    """An Extended CONNECT request for ``connect-udp``. Raises ``RequestError``."""
+def read_fields(headers: Iterable[tuple[bytes, bytes]]) -> dict[bytes, bytes]:
+    """A request's fields by name. Raises ``RequestError`` where one must be single and is not."""
     found: dict[bytes, bytes] = {}
     for name, value in headers:
-        if name in found and (name.startswith(b":") or name == b"authorization"):
+        if name in found and (name.startswith(b":") or name in _SINGLE):
             raise RequestError("a field that must be single is there twice")
         found[name] = value
-    if found.get(b":method") != b"CONNECT" or found.get(b":protocol") != b"connect-udp":
-        raise RequestError("only Extended CONNECT with connect-udp is served here", status=404)
-    if found.get(b":scheme") != b"https":
-        raise RequestError("the scheme must be https")
-    if any(name in found for name in _NOT_WITH_CAPSULES):  # RFC 9297 section 3.2
-        raise RequestError("a tunnel has no content-length, content-type or transfer-encoding")
+    return found
+
+
+def read_text(found: dict[bytes, bytes], name: bytes) -> str | None:
+    """One field, None when it is not there. Raises ``RequestError`` for what is not ASCII."""
     try:
-        path = found.get(b":path", b"").decode("ascii")
-        authority = found.get(b":authority", b"").decode("ascii")
-        authorization = (
-            found[b"authorization"].decode("ascii") if b"authorization" in found else None
-        )
+        return found[name].decode("ascii") if name in found else None
     except UnicodeDecodeError:
         raise RequestError("a field must be ASCII") from None
+
+
+def check_tunnel_fields(found: dict[bytes, bytes]) -> None:
+    """Raise ``RequestError`` for fields that speak of a content (RFC 9297 section 3.2, RFC 9110
+    section 9.3.6).
+    """
+    if any(name in found for name in _NOT_OF_A_TUNNEL):
+        raise RequestError("a tunnel has no content-length, content-type or transfer-encoding")
+
+
+def read_extended_connect(found: dict[bytes, bytes]) -> tuple[str, str]:
+    """(authority, path) of an Extended CONNECT request (RFC 9220). Raises ``RequestError``."""
+    if found.get(b":scheme") != b"https":
+        raise RequestError("the scheme must be https")
+    check_tunnel_fields(found)
+    path = read_text(found, b":path") or ""
+    authority = read_text(found, b":authority") or ""
     if not _AUTHORITY.match(authority):
         raise RequestError("the authority must be HOST:PORT")
     if not path.startswith("/"):
         raise RequestError("the path must begin with a slash")
+    return authority, path
+
+
+def validate_request(headers: Iterable[tuple[bytes, bytes]]) -> ConnectUdpRequest:
+    """An Extended CONNECT request for ``connect-udp``. Raises ``RequestError``."""
+    found = read_fields(headers)
+    if found.get(b":method") != b"CONNECT" or found.get(b":protocol") != b"connect-udp":
+        raise RequestError("only Extended CONNECT with connect-udp is served here", status=404)
+    authority, path = read_extended_connect(found)
+    authorization = read_text(found, b"authorization")
     request = parse_request_path(path)
     return ConnectUdpRequest(request.target, request.is_forward, authority, authorization)
 
 
 def request_headers(
-    authority: str, path: str, authorization: str | None
+    authority: str, path: str, authorization: str | None, *, protocol: bytes = b"connect-udp"
 ) -> list[tuple[bytes, bytes]]:
     """An Extended CONNECT request (RFC 9298 section 3.4). ``authorization`` is a bearer token.
 
@@ -154,14 +183,14 @@ def request_headers(
     """
     headers = [
         (b":method", b"CONNECT"),
-        (b":protocol", b"connect-udp"),
+        (b":protocol", protocol),
         (b":scheme", b"https"),
-        (b":authority", _field("the gateway's authority", authority)),
-        (b":path", _field("the path", path)),
+        (b":authority", encode_field("the gateway's authority", authority)),
+        (b":path", encode_field("the path", path)),
         (b"capsule-protocol", b"?1"),
     ]
     if authorization is not None:
-        headers.append((b"authorization", b"Bearer " + _field("the token", authorization)))
+        headers.append((b"authorization", encode_bearer(authorization)))
     return headers
 
 
@@ -173,13 +202,19 @@ def response_headers(
     if 200 <= status < 300:
         headers.append((b"capsule-protocol", b"?1"))
     if proxy_status:
-        headers.append((b"proxy-status", _field("proxy-status", proxy_status)))
+        headers.append((b"proxy-status", encode_field("proxy-status", proxy_status)))
     if www_authenticate:
-        headers.append((b"www-authenticate", b'Bearer realm="toppy"'))
+        headers.append((b"www-authenticate", CHALLENGE))
     return headers
 
 
-def _field(what: str, text: str) -> bytes:
+def encode_bearer(token: str) -> bytes:
+    """The value of an Authorization field. Raises ``ConfigError`` for what it cannot carry."""
+    return b"Bearer " + encode_field("the token", token)
+
+
+def encode_field(what: str, text: str) -> bytes:
+    """A field's value. Raises ``ConfigError``, which calls it ``what``, for what none can carry."""
     value = text.strip()
     if not value or not value.isascii() or not value.isprintable():
         # the value is not shown: it may be a secret

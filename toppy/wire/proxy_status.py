@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 from dataclasses import dataclass
 
@@ -116,8 +117,10 @@ _ADVICE_BY_ERROR = {
     "connection_refused": "nothing listens at the target; check its port and that it runs",
     "connection_timeout": "the target did not answer in time; check that it runs and is reachable "
     "from the gateway",
+    "connection_read_timeout": "nothing was sent for too long; connect again",
     "connection_terminated": "if that goes on, ask the gateway's operator",
     "connection_limit_reached": "the gateway has reached a limit; try again later",
+    "proxy_loop_detected": "the target is the gateway itself; ask it for another one",
     "proxy_internal_error": "the gateway failed; try again, and if it stays so ask its operator to "
     "look at its log",
     "proxy_configuration_error": "the gateway is not set up right; ask its operator",
@@ -126,12 +129,15 @@ _ADVICE_BY_STATUS = {
     400: "the gateway did not understand the request; check the target and the gateway's template",
     401: "the gateway does not accept the token; get a new one (auth_token, or `toppy login`)",
     403: "the gateway's policy does not allow this target; ask its operator for a rule",
-    404: "there is no UDP proxy at this address; check gateway, port and gateway_template",
+    404: "there is no such proxy at this address; check gateway, port and gateway_template",
     407: "the gateway asks for credentials; set auth_token",
+    425: "the request came too early in the handshake; try again",
     429: "the gateway has reached a limit; try again later",
+    501: "the gateway does not know this kind of tunnel; it may be of an older version",
     502: "the gateway cannot reach the target; check that it runs and is reachable from there",
     503: "the gateway is overloaded or starting; try again later",
     504: "the gateway got no answer in time; try again, and check its name servers",
+    508: "the target is the gateway itself; ask it for another one",
 }
 
 
@@ -146,8 +152,10 @@ _STATUS_BY_ERROR = {
     # of a tunnel that was open: nothing failed, the gateway wants it so
     "connection_terminated": 403,
     "connection_timeout": 504,
+    "connection_read_timeout": 504,
     "connection_limit_reached": 503,
     "http_request_denied": 403,
+    "proxy_loop_detected": 502,
     "proxy_internal_error": 500,
     "proxy_configuration_error": 500,
 }
@@ -158,6 +166,28 @@ def recommended_status(error: str) -> int:
     for the error type but for ``connection_terminated``; 403 for others.
     """
     return _STATUS_BY_ERROR.get(error, 403)
+
+
+_FAILURE_BY_ERRNO = {
+    errno.ECONNREFUSED: (502, "connection_refused"),
+    errno.ETIMEDOUT: (504, "connection_timeout"),
+    errno.ENETUNREACH: (502, "destination_ip_unroutable"),
+    errno.EHOSTUNREACH: (502, "destination_ip_unroutable"),
+    errno.EADDRNOTAVAIL: (502, "destination_ip_unroutable"),
+    # a firewall on the gateway's machine says so
+    errno.EACCES: (502, "destination_ip_unroutable"),
+    errno.EPERM: (502, "destination_ip_unroutable"),
+    errno.ECONNRESET: (502, "connection_terminated"),
+    errno.EMFILE: (503, "connection_limit_reached"),
+    errno.ENFILE: (503, "connection_limit_reached"),
+    errno.ENOBUFS: (503, "connection_limit_reached"),
+    errno.ENOMEM: (503, "connection_limit_reached"),
+}
+
+
+def failure_of_errno(number: int | None) -> tuple[int, str]:
+    """(HTTP status, error type) for the system error with which connecting to a target failed."""
+    return _FAILURE_BY_ERRNO.get(number or 0, (502, "destination_unavailable"))
 
 
 def explain(status: int, proxy_status: ProxyStatus | None) -> str:
