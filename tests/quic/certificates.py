@@ -55,6 +55,25 @@ def certificates() -> Certificates:
 
 
 @functools.cache
+def dated_pair(begins_in_days: int, ends_in_days: int) -> tuple[bytes, bytes]:
+    """A self-signed chain for gateway.test and its key, valid from one day to another."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    now = datetime.datetime.now(datetime.UTC)
+    name = _name(SERVER_NAME)
+    builder = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now + datetime.timedelta(days=begins_in_days))
+        .not_valid_after(now + datetime.timedelta(days=ends_in_days, hours=1))
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName(SERVER_NAME)]), critical=False)
+    )
+    return _pem(builder.sign(key, hashes.SHA256())), _key_pem(key)
+
+
+@functools.cache
 def other_ca_pem() -> bytes:
     """A root that signed nothing that the tests use."""
     key = ec.generate_private_key(ec.SECP256R1())

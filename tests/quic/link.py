@@ -132,7 +132,8 @@ class Link:
     """Carries UDP datagrams between ends; time moves only in ``run_until`` and ``run_for``.
 
     On a clean link a transmit of many segments arrives as one buffer, as with GSO and GRO. With
-    ``loss``, ``jitter_s`` or ``duplicate`` every datagram goes its own way.
+    ``loss``, ``jitter_s`` or ``duplicate`` every datagram goes its own way. With ``bytes_per_s``
+    they queue up in front of a bottleneck, one each way, which drops what would wait ``queue_s``.
     """
 
     def __init__(
@@ -142,6 +143,8 @@ class Link:
         loss: float = 0.0,
         jitter_s: float = 0.0,
         duplicate: float = 0.0,
+        bytes_per_s: float | None = None,
+        queue_s: float = 0.03,
         seed: int = 1,
     ) -> None:
         self.now = START
@@ -150,6 +153,9 @@ class Link:
         self.loss = loss
         self.jitter_s = jitter_s
         self.duplicate = duplicate
+        self.bytes_per_s = bytes_per_s
+        self.queue_s = queue_s
+        self._busy_until: dict[Address, float] = {}
         self.packets: list[tuple[Address, Address, bytes]] = []
         """Every datagram sent: (source, destination, UDP payload)."""
         self.transmits: list[tuple[Address, bytes, int]] = []
@@ -196,7 +202,7 @@ class Link:
         """Let time pass until ``condition`` holds; fails after ``limit_s``."""
         self._run(self.now + limit_s, condition)
         if not condition():
-            seen = {end.address: end.events[-5:] for end in self.ends.values()}
+            seen = {end.address: str(end.events[-5:])[:2000] for end in self.ends.values()}
             pytest.fail(f"not reached within {limit_s} s of virtual time; last events: {seen}")
 
     def run_for(self, duration_s: float) -> None:
@@ -238,15 +244,29 @@ class Link:
     def _launch(self, source: Address, destination: Address, data: bytes, size: int) -> None:
         if self.is_cut:
             return
-        if not (self.loss or self.jitter_s or self.duplicate):
+        if not (self.loss or self.jitter_s or self.duplicate or self.bytes_per_s):
             self._fly(self.delay_s, source, destination, data, size)
             return
         for segment in split(data, size):
             if self._random.random() < self.loss:
                 continue
+            waits_s = self._queue(source, len(segment))
+            if waits_s is None:
+                continue
             for _ in range(2 if self._random.random() < self.duplicate else 1):
-                delay = self.delay_s + self._random.random() * self.jitter_s
+                delay = self.delay_s + waits_s + self._random.random() * self.jitter_s
                 self._fly(delay, source, destination, segment, 0)
+
+    def _queue(self, source: Address, size: int) -> float | None:
+        """How long a datagram takes through the bottleneck; None when its queue is full."""
+        if self.bytes_per_s is None:
+            return 0.0
+        waits_s = max(0.0, self._busy_until.get(source, 0.0) - self.now)
+        if waits_s > self.queue_s:
+            return None
+        waits_s += size / self.bytes_per_s
+        self._busy_until[source] = self.now + waits_s
+        return waits_s
 
     def _fly(
         self, delay: float, source: Address, destination: Address, data: bytes, size: int

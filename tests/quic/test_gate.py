@@ -72,3 +72,30 @@ def test_one_source_is_an_ipv4_address_or_an_ipv6_slash_64() -> None:
     assert source_key("2001:db8:1:2::5") != source_key("2001:db8:1:3::5")
     assert source_key("::ffff:192.0.2.1") == "192.0.2.1"
     assert source_key("fe80::1%3") == source_key("fe80::2%3")
+
+
+def attempts(gate: ConnectionGate, source: Address, count: int, *, proved: bool) -> list[Admission]:
+    return [gate.decide(source, proved) for _ in range(count)]
+
+
+def test_a_source_that_tries_too_often_must_prove_its_address_and_is_refused_in_the_end() -> None:
+    gate = ConnectionGate(GateLimits(100, 5, 100, 3.0, attempts_per_source_per_s=3))
+    accept, retry, refuse = Admission.ACCEPT, Admission.RETRY, Admission.REFUSE
+    assert attempts(gate, A, 7, proved=False) == [accept] * 5 + [retry] * 2
+    assert attempts(gate, A, 7, proved=True) == [accept] * 5 + [refuse] * 2
+    assert (gate.retried, gate.refused) == (2, 2)
+    # another source is not concerned
+    assert gate.decide(B, False) is accept
+
+
+def test_what_a_source_may_try_comes_back_with_time() -> None:
+    gate = ConnectionGate(GateLimits(100, 5, 100, 3.0, attempts_per_source_per_s=3))
+    attempts(gate, A, 6, proved=True)
+    gate.overdue(1.0)
+    assert attempts(gate, A, 4, proved=True) == [Admission.ACCEPT] * 3 + [Admission.REFUSE]
+
+
+def test_forged_sources_use_up_nothing_of_what_the_true_one_may() -> None:
+    gate = ConnectionGate(GateLimits(100, 5, 100, 3.0, attempts_per_source_per_s=3))
+    attempts(gate, A, 1000, proved=False)
+    assert attempts(gate, A, 5, proved=True) == [Admission.ACCEPT] * 5

@@ -27,7 +27,9 @@ from aioquic.quic.recovery import QuicPacketSpace
 from aioquic.quic.stream import QuicStream
 from aioquic.tls import AlertDescription
 
+from toppy.quic.aioquic_client_certificates import ask_client, shown_by_peer
 from toppy.quic.aioquic_datagrams import MAX_SEGMENTS, MAX_SEND_BYTES, DatagramQueue
+from toppy.quic.aioquic_reading import StreamReaders
 from toppy.quic.aioquic_stateless import ConnectionIdIssuer
 from toppy.quic.engine import Address, Transmit
 
@@ -50,6 +52,9 @@ _CERTIFICATE_ALERTS: Final = frozenset(
         AlertDescription.certificate_unknown,
         AlertDescription.unknown_ca,
     )
+)
+_CERTIFICATE_REQUIRED: Final = (
+    int(QuicErrorCode.CRYPTO_ERROR) + AlertDescription.certificate_required
 )
 
 # aioquic logs every packet, and its warnings are for any peer to cause; events say what matters
@@ -81,6 +86,8 @@ class EngineConnection(QuicConnection):
         )
         self._issuer = issuer
         self._reason = ""
+        self._window = configuration.max_data
+        self._readers = StreamReaders(0, 0)
         self._logger = _SILENT
         self._loss._logger = None
         first = issuer.new()
@@ -110,6 +117,14 @@ class EngineConnection(QuicConnection):
     def use_datagram_queue(self, queue: DatagramQueue) -> None:
         """Take DATAGRAM frames from ``queue`` from now on."""
         self._datagrams_pending = cast(Any, queue)
+
+    def use_readers(self, readers: StreamReaders) -> None:
+        """Give the peer credit for what was taken from ``readers``, from now on."""
+        self._readers = readers
+
+    def widen(self, window_bytes: int) -> None:
+        """Let the peer have so much unread of all streams together; it only grows."""
+        self._window = max(self._window, window_bytes)
 
     @property
     def has_begun(self) -> bool:
@@ -212,6 +227,10 @@ class EngineConnection(QuicConnection):
         self._lacks_stream = False
         return self.may_open(is_unidirectional=False)
 
+    def may_pause(self, stream_id: int) -> bool:
+        """Whether more can arrive on the stream, or waits."""
+        return self._readers.is_holding(stream_id) or self.may_stop(stream_id)
+
     def may_send_on(self, stream_id: int) -> bool:
         """Whether bytes can be written on a stream: it is live, and neither ended nor reset."""
         stream = self._streams.get(stream_id)
@@ -222,6 +241,12 @@ class EngineConnection(QuicConnection):
             not sender.is_finished
             and sender._buffer_fin is None
             and sender._reset_error_code is None
+        )
+
+    def is_sending(self, stream_id: int) -> bool:
+        """Whether the stream has a sending side of ours that was not reset and is not done."""
+        return self.may_reset(stream_id) and (
+            self._streams[stream_id].sender._reset_error_code is None
         )
 
     def may_reset(self, stream_id: int) -> bool:
@@ -266,7 +291,18 @@ class EngineConnection(QuicConnection):
             space.sent_packets.clear()
         self.__dict__.clear()
 
+    def peer_certificates(self) -> tuple[bytes, ...]:
+        """The chain that the peer has shown, DER; empty before the end of the handshake."""
+        return shown_by_peer(self.tls) if self._handshake_complete else ()
+
     # What aioquic does otherwise
+
+    def _initialize(self, peer_cid: bytes) -> None:
+        super()._initialize(peer_cid)
+        configuration = self._configuration
+        if not self._is_client and configuration.verify_mode is not None:
+            assert configuration.cadata is not None
+            ask_client(self.tls, configuration.cadata, configuration.verify_mode)
 
     def _replenish_connection_ids(self) -> None:
         limit = min(_ACTIVE_CONNECTION_IDS, self._remote_active_connection_id_limit)
@@ -313,12 +349,12 @@ class EngineConnection(QuicConnection):
 
     def _write_connection_limits(self, builder: QuicPacketBuilder, space: QuicPacketSpace) -> None:
         # aioquic doubles the window each time, so that a long-lived connection could in the end
-        # hold gigabytes; ours slides. ``used`` counts what arrived, not what was delivered.
+        # hold gigabytes; ours slides. ``used`` counts what arrived, not what was taken.
         limit = self._local_max_data
-        window = self._configuration.max_data
+        window = self._window + self._readers.extension_bytes
         used = limit.used
         if limit.value - used < window // 2:
-            held = sum(
+            held = self._readers.held_bytes + sum(
                 stream.receiver.highest_offset - stream.receiver.starting_offset()
                 for stream in self._streams.values()
                 if not stream.receiver.is_finished
@@ -337,9 +373,9 @@ class EngineConnection(QuicConnection):
         if receiver.is_finished or not stream.max_stream_data_local:
             return
         window = self._configuration.max_stream_data
-        delivered = receiver.starting_offset()
-        if stream.max_stream_data_local - delivered < window // 2:
-            stream.max_stream_data_local = delivered + window
+        taken = receiver.starting_offset() - self._readers.held_of(cast(int, stream.stream_id))
+        if stream.max_stream_data_local - taken < window // 2:
+            stream.max_stream_data_local = taken + window
         if stream.max_stream_data_local_sent == stream.max_stream_data_local:
             return
         highest, receiver.highest_offset = receiver.highest_offset, 0
@@ -398,6 +434,8 @@ def _describe(
             alert = AlertDescription(code - 0x100).name.replace("_", " ")
         except ValueError:
             alert = f"number {code - 0x100}"
+        if code == _CERTIFICATE_REQUIRED:
+            alert += ": the peer asks for a client certificate"
         if code in _CERTIFICATE_ALERTS:
             alert += ": the peer does not accept the certificate"
         return f"TLS alert {alert}" + (f" ({phrase})" if phrase else "")

@@ -10,7 +10,7 @@ import hmac
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from aioquic.quic import events as quic_events
 from aioquic.quic.packet import QuicErrorCode
@@ -23,6 +23,8 @@ from toppy.quic.aioquic_datagrams import (
     parse_datagram_frame,
     tunnel_prefix,
 )
+from toppy.quic.aioquic_reading import StreamReaders
+from toppy.quic.aioquic_record import Record
 from toppy.quic.aioquic_settings import KEY_BYTES, check, quic_configuration
 from toppy.quic.aioquic_stateless import (
     MIN_RESET_BYTES,
@@ -55,58 +57,17 @@ from toppy.quic.engine import (
     StreamDataReceived,
     StreamReset,
     StreamsAvailable,
+    StreamWritable,
     Transmit,
 )
 
 _H3_DATAGRAM_ERROR: Final = 0x33
-_MAX_CHUNK_BYTES: Final = 64 * 1024
-"""Of one StreamDataReceived event."""
 _MAX_RETIRED_IDS: Final = 8
 """Retired IDs that stay routed: packets that were under way do not deserve a stateless reset."""
 _MIN_WAIT_S: Final = 0.001
 """A timer that is due and brings nothing about is asked again so much later, not at once."""
 _RESETS_PER_S: Final = 1000.0
 _RESET_BURST: Final = 100
-
-
-class _Record:
-    """What the engine keeps of one connection.
-
-    ``quic`` is None in the closing period: then only the routes remain, and what to repeat.
-    """
-
-    __slots__ = (
-        "closes_answered",
-        "closing_packets",
-        "has_datagrams",
-        "ids",
-        "is_closed",
-        "is_ready",
-        "keep_alive_at",
-        "number",
-        "peer",
-        "queue",
-        "quic",
-        "retired_ids",
-        "send_stopped",
-        "stopped",
-    )
-
-    def __init__(self, number: int, quic: EngineConnection, queue: DatagramQueue) -> None:
-        self.number = number
-        self.quic: EngineConnection | None = quic
-        self.queue = queue
-        self.ids: list[bytes] = []
-        self.retired_ids: list[bytes] = []
-        self.is_ready = False
-        self.has_datagrams = False
-        self.is_closed = False
-        self.keep_alive_at: float | None = None
-        self.stopped: set[int] = set()
-        self.send_stopped: set[int] = set()
-        self.closing_packets: list[Transmit] = []
-        self.closes_answered = 0
-        self.peer: Address | None = None
 
 
 class AioquicEngine:
@@ -140,11 +101,13 @@ class AioquicEngine:
         )
         self._retry = RetryTokens(config.token_key or entropy(KEY_BYTES), self._issuer)
         self._resets = RateLimit(_RESETS_PER_S, _RESET_BURST, now)
-        self._records: dict[int, _Record] = {}
-        self._routes: dict[bytes, _Record] = {}
+        self._records: dict[int, Record] = {}
+        self._routes: dict[bytes, Record] = {}
         self._by_peer: dict[Address, set[int]] = {}
         self._next_number = 1
-        self._touched: dict[int, _Record] = {}
+        self._touched: dict[int, Record] = {}
+        self._unread: dict[int, Record] = {}
+        self._turn = 0
         self._deadlines = Deadlines()
         self._events: list[Event] = []
         self._groups = DatagramGroups()
@@ -168,13 +131,13 @@ class AioquicEngine:
 
     def receive(self, buffer: Buffer, segment_size: int, source: Address, now: float) -> None:
         self._now = now
-        reached: dict[int, _Record] = {}
+        reached: dict[int, Record] = {}
         view = memoryview(buffer)
         step = segment_size or max(len(view), 1)
         id_end = 1 + self._config.connection_id_bytes
         for start in range(0, len(view), step):
             data = bytes(view[start : start + step])
-            record: _Record | None
+            record: Record | None
             if data[0] & 0x80:
                 destination_end = 6 + data[5] if len(data) > 5 else 0
                 if destination_end == 0 or destination_end >= len(data):
@@ -219,13 +182,19 @@ class AioquicEngine:
             self._touched[number] = record
 
     def next_timeout(self) -> float | None:
-        if self._events or self._touched or self._answers:
+        if self._events or self._unread or self._touched or self._answers:
             return self._now
         return self._deadlines.next()
 
     # Polls
 
     def poll_events(self) -> list[Event]:
+        unread, self._unread = self._unread, {}
+        for number, record in unread.items():
+            for stream_id in record.readers.readable():
+                self._read(record, stream_id)
+            self._touched[number] = record  # the peer gets credit for what was read
+        self._turn += 1
         events, self._events = self._events, []
         return events
 
@@ -256,16 +225,44 @@ class AioquicEngine:
         return stream_id
 
     def send_stream(
-        self, connection: int, stream_id: int, data: bytes, *, end: bool = False
+        self, connection: int, stream_id: int, data: Buffer, *, end: bool = False
     ) -> None:
         quic = self._quic(connection)
         if quic is not None and quic.may_send_on(stream_id):
-            quic.send_stream_data(stream_id, data, end)
+            quic.send_stream_data(stream_id, cast(bytes, data), end)
             self._touch(connection)
 
     def stream_backlog_bytes(self, connection: int, stream_id: int) -> int:
         quic = self._quic(connection)
         return 0 if quic is None else quic.backlog_bytes(stream_id)
+
+    def notify_writable(self, connection: int, stream_id: int, below_bytes: int) -> None:
+        quic = self._quic(connection)
+        if quic is not None and quic.is_sending(stream_id):
+            record = self._records[connection]
+            record.watched[stream_id] = below_bytes
+            self._check_watched(record, quic)
+
+    def pause_reading(self, connection: int, stream_id: int) -> None:
+        quic = self._quic(connection)
+        if quic is not None and quic.may_pause(stream_id):
+            record = self._records[connection]
+            if stream_id not in record.stopped:
+                record.readers.pause(stream_id)
+                self._touch(connection)
+
+    def resume_reading(self, connection: int, stream_id: int) -> None:
+        if self._quic(connection) is not None:
+            record = self._records[connection]
+            record.readers.resume(stream_id)
+            self._read(record, stream_id)
+            self._touch(connection)
+
+    def widen_connection(self, connection: int, window_bytes: int) -> None:
+        quic = self._quic(connection)
+        if quic is not None:
+            quic.widen(window_bytes)
+            self._touch(connection)
 
     def datagram_backlog_bytes(self, connection: int, quarter_stream_id: int) -> int:
         record = self._records.get(connection)
@@ -275,12 +272,16 @@ class AioquicEngine:
         quic = self._quic(connection)
         if quic is not None and quic.may_reset(stream_id):
             quic.reset_stream(stream_id, error_code)
+            self._records[connection].watched.pop(stream_id, None)
             self._touch(connection)
 
     def stop_stream(self, connection: int, stream_id: int, error_code: int) -> None:
         """As the interface says; nothing more is reported of what the peer sends on the stream."""
         quic = self._quic(connection)
-        if quic is not None and quic.may_stop(stream_id):
+        if quic is None:
+            return
+        self._records[connection].readers.forget(stream_id)
+        if quic.may_stop(stream_id):
             quic.stop_stream(stream_id, error_code)
             _remember(self._records[connection].stopped, stream_id, quic)
             self._touch(connection)
@@ -321,13 +322,17 @@ class AioquicEngine:
         quic = self._quic(connection)
         return None if quic is None else quic.get_peer_address()
 
+    def peer_certificates(self, connection: int) -> tuple[bytes, ...]:
+        quic = self._quic(connection)
+        return () if quic is None else quic.peer_certificates()
+
     def round_trip_s(self, connection: int) -> float:
         quic = self._quic(connection)
         return 0.0 if quic is None else quic.round_trip_s
 
     # Packets that belong to no connection
 
-    def _receive_first(self, data: bytes, source: Address, now: float) -> _Record | None:
+    def _receive_first(self, data: bytes, source: Address, now: float) -> Record | None:
         """A long-header packet of no connection that we know: maybe a new one."""
         if self._config.is_client:
             return None
@@ -361,7 +366,7 @@ class AioquicEngine:
         data: bytes,
         source: Address,
         now: float,
-    ) -> _Record | None:
+    ) -> Record | None:
         quic = EngineConnection(
             self._quic_configuration,
             self._issuer,
@@ -418,36 +423,38 @@ class AioquicEngine:
     def _touch(self, connection: int) -> None:
         self._touched[connection] = self._records[connection]
 
-    def _add(self, quic: EngineConnection) -> _Record:
+    def _add(self, quic: EngineConnection) -> Record:
         queue = DatagramQueue(
             tunnel_bytes=self._config.tunnel_queue_bytes,
             connection_bytes=self._config.connection_queue_bytes,
             max_frame_bytes=quic.max_frame_bytes,
             drops=self._drops,
         )
-        record = _Record(self._next_number, quic, queue)
+        readers = StreamReaders(self._config.stream_window_bytes, self._config.paused_window_bytes)
+        record = Record(self._next_number, quic, queue, readers)
         quic.use_datagram_queue(queue)
+        quic.use_readers(readers)
         self._next_number += 1
         self._records[record.number] = record
         self._route_new_ids(record, quic)
         return record
 
-    def _route(self, record: _Record, connection_id: bytes) -> None:
+    def _route(self, record: Record, connection_id: bytes) -> None:
         self._routes[connection_id] = record
         record.ids.append(connection_id)
 
-    def _route_new_ids(self, record: _Record, quic: EngineConnection) -> None:
+    def _route_new_ids(self, record: Record, quic: EngineConnection) -> None:
         while quic.new_ids:
             self._route(record, quic.new_ids.pop())
 
-    def _retire_id(self, record: _Record, connection_id: bytes) -> None:
+    def _retire_id(self, record: Record, connection_id: bytes) -> None:
         record.retired_ids.append(connection_id)
         if len(record.retired_ids) > _MAX_RETIRED_IDS:
             oldest = record.retired_ids.pop(0)
             self._routes.pop(oldest, None)
             record.ids.remove(oldest)
 
-    def _call(self, record: _Record, call: Callable[..., Any], *arguments: Any) -> Any:
+    def _call(self, record: Record, call: Callable[..., Any], *arguments: Any) -> Any:
         """Let aioquic do something; if it fails, only this connection ends.
 
         The one place where any exception is caught: aioquic is a state machine of others that is
@@ -460,7 +467,7 @@ class AioquicEngine:
             self._fail(record, error)
             return None
 
-    def _fail(self, record: _Record, error: Exception) -> None:
+    def _fail(self, record: Record, error: Exception) -> None:
         if record.quic is None:
             return
         reason = f"internal error ({type(error).__name__})"
@@ -474,44 +481,32 @@ class AioquicEngine:
         self._answers += packets
         self._begin_closing(record, packets)
 
-    def _collect(self, record: _Record) -> None:
+    def _collect(self, record: Record) -> None:
         """Turn aioquic's events of a connection into ours."""
         quic = record.quic
         if quic is None:
             return
         self._route_new_ids(record, quic)
-        chunks: list[bytes] = []
-        chunk_bytes = 0
-        chunk_stream = -1
+        arrived: dict[int, None] = {}
         while (event := quic.next_event()) is not None:
             if isinstance(event, quic_events.DatagramFrameReceived):
                 if not self._receive_datagram_frame(record, event.data):
                     break
-                continue
-            if isinstance(event, quic_events.StreamDataReceived):
+            elif isinstance(event, quic_events.StreamDataReceived):
                 stream_id = event.stream_id
-                if stream_id in record.stopped or not (event.data or event.end_stream):
-                    continue
-                if chunks and (stream_id != chunk_stream or chunk_bytes >= _MAX_CHUNK_BYTES):
-                    self._report_data(record, chunk_stream, chunks, ended=False)
-                    chunks, chunk_bytes = [], 0
-                chunks.append(event.data)
-                chunk_bytes += len(event.data)
-                chunk_stream = stream_id
-                if event.end_stream:
-                    self._report_data(record, chunk_stream, chunks, ended=True)
-                    chunks, chunk_bytes = [], 0
-                continue
-            if chunks:
-                self._report_data(record, chunk_stream, chunks, ended=False)
-                chunks, chunk_bytes = [], 0
-            self._translate(record, quic, event)
-        if chunks:
-            self._report_data(record, chunk_stream, chunks, ended=False)
+                if stream_id not in record.stopped and (event.data or event.end_stream):
+                    record.readers.add(stream_id, event.data, ended=event.end_stream)
+                    arrived[stream_id] = None
+            else:
+                self._read_each(record, arrived)
+                self._translate(record, quic, event)
+        self._read_each(record, arrived)
         if quic.take_available():
             self._events.append(StreamsAvailable(record.number))
         termination = quic.termination
         if termination is not None and not record.is_closed:
+            for stream_id in record.readers.readable():
+                self._read(record, stream_id, everything=True)
             code = 0 if quic.is_terminated else termination.error_code
             self._report_closed(record, code, quic.end_reason(), by_peer=quic.is_draining)
         if quic.is_terminated:
@@ -520,7 +515,7 @@ class AioquicEngine:
             self._begin_closing(record, [])
 
     def _translate(
-        self, record: _Record, quic: EngineConnection, event: quic_events.QuicEvent
+        self, record: Record, quic: EngineConnection, event: quic_events.QuicEvent
     ) -> None:
         number = record.number
         match event:
@@ -530,9 +525,11 @@ class AioquicEngine:
                 self._move_keep_alive(record, self._now)
                 self._events.append(HandshakeCompleted(number, protocol or ""))
             case quic_events.StreamReset(error_code=code, stream_id=stream_id):
+                record.readers.forget(stream_id)
                 if stream_id not in record.stopped:
                     self._events.append(StreamReset(number, stream_id, code))
             case quic_events.StopSendingReceived(error_code=code, stream_id=stream_id):
+                record.watched.pop(stream_id, None)
                 if stream_id not in record.send_stopped:
                     _remember(record.send_stopped, stream_id, quic)
                     self._events.append(StopSendingReceived(number, stream_id, code))
@@ -541,13 +538,27 @@ class AioquicEngine:
             case _:
                 pass
 
-    def _report_data(
-        self, record: _Record, stream_id: int, chunks: list[bytes], *, ended: bool
-    ) -> None:
-        data = b"".join(chunks)
-        self._events.append(StreamDataReceived(record.number, stream_id, data, ended))
+    def _read_each(self, record: Record, stream_ids: dict[int, None]) -> None:
+        for stream_id in stream_ids:
+            self._read(record, stream_id)
+        stream_ids.clear()
 
-    def _receive_datagram_frame(self, record: _Record, data: bytes) -> bool:
+    def _read(self, record: Record, stream_id: int, *, everything: bool = False) -> None:
+        """Report what may be reported of a stream now."""
+        taken = record.readers.take(stream_id, None if everything else self._turn)
+        if taken is not None:
+            data, ended = taken
+            self._events.append(StreamDataReceived(record.number, stream_id, data, ended))
+        if record.readers.has_unread():
+            self._unread[record.number] = record
+
+    def _check_watched(self, record: Record, quic: EngineConnection) -> None:
+        for stream_id, below_bytes in list(record.watched.items()):
+            if quic.backlog_bytes(stream_id) < below_bytes:
+                del record.watched[stream_id]
+                self._events.append(StreamWritable(record.number, stream_id))
+
+    def _receive_datagram_frame(self, record: Record, data: bytes) -> bool:
         """Returns False when the connection was closed for it."""
         if not record.has_datagrams:
             self._drops[DropReason.UNKNOWN_STREAM] += 1
@@ -564,7 +575,7 @@ class AioquicEngine:
             self._groups.add(record.number, quarter_stream_id, data[offset:])
         return True
 
-    def _flush(self, record: _Record, now: float, transmits: list[Transmit]) -> None:
+    def _flush(self, record: Record, now: float, transmits: list[Transmit]) -> None:
         """Everything that a connection has to send now, then its next deadline."""
         datagrams: list[tuple[bytes, Address]] = []
         while record.quic is not None:
@@ -580,27 +591,32 @@ class AioquicEngine:
         quic = record.quic
         if quic is None:
             return
+        if record.watched and not record.is_closed:
+            self._check_watched(record, quic)
         self._collect(record)
         if record.is_closed and record.quic is not None:
             self._begin_closing(record, join_segments(datagrams))
         elif record.quic is not None:
             self._set_timer(record, quic, now)
 
-    def _move_keep_alive(self, record: _Record, now: float) -> None:
+    def _move_keep_alive(self, record: Record, now: float) -> None:
         if self._config.keep_alive_s is not None and self._config.is_client and record.is_ready:
             record.keep_alive_at = now + self._config.keep_alive_s
 
     # The end of a connection
 
     def _report_closed(
-        self, record: _Record, error_code: int, reason: str, *, by_peer: bool = False
+        self, record: Record, error_code: int, reason: str, *, by_peer: bool = False
     ) -> None:
         if not record.is_closed:
             record.is_closed = True
             record.queue.discard()
+            record.readers.clear()
+            record.watched.clear()
+            self._unread.pop(record.number, None)
             self._events.append(ConnectionClosed(record.number, int(error_code), reason, by_peer))
 
-    def _begin_closing(self, record: _Record, packets: list[Transmit]) -> None:
+    def _begin_closing(self, record: Record, packets: list[Transmit]) -> None:
         """Keep the routes for a while, so that late packets meet their connection's end."""
         assert record.quic is not None
         record.closing_packets = packets
@@ -608,7 +624,7 @@ class AioquicEngine:
         record.quic.release()
         record.quic = None
 
-    def _answer_closed(self, record: _Record) -> None:
+    def _answer_closed(self, record: Record) -> None:
         """The peer still sends: it may have missed our CONNECTION_CLOSE (RFC 9000 section 10.2.1).
 
         Answers the first, second, fourth, eighth … packet.
@@ -617,7 +633,7 @@ class AioquicEngine:
         if record.closes_answered & (record.closes_answered - 1) == 0:
             self._answers += record.closing_packets
 
-    def _forget(self, record: _Record) -> None:
+    def _forget(self, record: Record) -> None:
         del self._records[record.number]
         self._touched.pop(record.number, None)
         self._deadlines.remove(record.number)
@@ -633,7 +649,7 @@ class AioquicEngine:
             record.quic.release()
             record.quic = None
 
-    def _set_timer(self, record: _Record, quic: EngineConnection, now: float) -> None:
+    def _set_timer(self, record: Record, quic: EngineConnection, now: float) -> None:
         deadline: float | None = self._call(record, quic.get_timer)
         if record.keep_alive_at is not None:
             at = record.keep_alive_at

@@ -7,6 +7,7 @@ from typing import Any, Final
 
 from aioquic.quic.configuration import QuicConfiguration
 from aioquic.quic.packet import QuicProtocolVersion
+from aioquic.tls import CipherSuite
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
@@ -47,6 +48,14 @@ def quic_configuration(config: EngineConfig) -> QuicConfiguration:
         max_datagram_frame_size=_MAX_DATAGRAM_FRAME_BYTES,
         supported_versions=[QuicProtocolVersion.VERSION_1],
     )
+    if config.cipher_suites:
+        try:
+            configuration.cipher_suites = [
+                CipherSuite[name.removeprefix("TLS_")] for name in config.cipher_suites
+            ]
+        except KeyError as error:
+            name = f"TLS_{error.args[0]}"
+            raise ValueError(f"cipher_suites: TLS 1.3 has none called {name}") from None
     if config.is_client:
         if config.ca_certificates_pem is None:
             paths = ssl.get_default_verify_paths()
@@ -56,7 +65,16 @@ def quic_configuration(config: EngineConfig) -> QuicConfiguration:
             # aioquic wants nothing but certificates in there, not the comments of a bundle
             pem = [root.public_bytes(serialization.Encoding.PEM) for root in roots]
             configuration.load_verify_locations(cadata=b"".join(pem))
-        return configuration
+        if not config.certificate_chain_pem:
+            return configuration
+    elif config.client_ca_pem:
+        roots = _certificates(config.client_ca_pem, "client_ca_pem")
+        pem = [root.public_bytes(serialization.Encoding.PEM) for root in roots]
+        configuration.load_verify_locations(cadata=b"".join(pem))
+        # on a server aioquic has no use for it; EngineConnection asks the client then
+        configuration.verify_mode = (
+            ssl.CERT_REQUIRED if config.requires_client_certificate else ssl.CERT_OPTIONAL
+        )
     chain = _certificates(config.certificate_chain_pem, "certificate_chain_pem")
     try:
         key = serialization.load_pem_private_key(config.private_key_pem, password=None)

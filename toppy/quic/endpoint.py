@@ -26,6 +26,7 @@ from toppy.quic.engine import (
     StreamDataReceived,
     StreamReset,
     StreamsAvailable,
+    StreamWritable,
     Transmit,
 )
 from toppy.quic.h3 import (
@@ -60,7 +61,7 @@ class HeadersReceived:
 
 @dataclass(frozen=True, slots=True)
 class BodyReceived:
-    """Bytes of DATA frames: on a tunnel, a stretch of capsules."""
+    """Bytes of DATA frames, ``READ_TURN_BYTES`` at most: on a tunnel, a stretch of capsules."""
 
     connection: int
     stream_id: int
@@ -70,11 +71,14 @@ class BodyReceived:
 
 @dataclass(frozen=True, slots=True)
 class StreamAborted:
-    """The peer gave the stream up, in one direction at least."""
+    """The peer gave the stream up in one direction; for both there are two events."""
 
     connection: int
     stream_id: int
     error_code: int
+    is_sending: bool = False
+    """False: it reset what it sends, and nothing more comes (RESET_STREAM). True: it reads no more
+    of what we send, and our side was reset (STOP_SENDING). The other direction may go on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +108,7 @@ EndpointEvent = (
     | StreamAborted
     | GoawayReceived
     | RawStreamReceived
+    | StreamWritable
     | StreamsAvailable
     | ConnectionClosed
 )
@@ -174,8 +179,12 @@ class Endpoint:
         if session is not None:
             session.send_headers(stream_id, headers, end=end)
 
-    def send_body(self, connection: int, stream_id: int, data: bytes, *, end: bool = False) -> None:
-        """Send DATA frames; bound them by ``Engine.stream_backlog_bytes``."""
+    def send_body(
+        self, connection: int, stream_id: int, data: Buffer, *, end: bool = False
+    ) -> None:
+        """Send a copy of bytes in a DATA frame; ``end`` says that they are the last. Nothing limits
+        what waits but the caller, by ``stream_backlog_bytes`` and ``notify_writable``.
+        """
         session = self._sessions.get(connection)
         if session is not None:
             session.send_data(stream_id, data, end=end)
@@ -186,11 +195,39 @@ class Endpoint:
         if session is not None:
             session.abort(stream_id, error_code)
 
-    def stop_reading(self, connection: int, stream_id: int) -> None:
-        """Read no more of a request stream; what was sent on it still arrives."""
+    def reset_sending(self, connection: int, stream_id: int, error_code: int) -> None:
+        """Abandon what we send on a request stream (RESET_STREAM); reading goes on."""
         session = self._sessions.get(connection)
         if session is not None:
-            session.stop_reading(stream_id)
+            session.reset_sending(stream_id, error_code)
+
+    def stop_reading(self, connection: int, stream_id: int, error_code: int = H3_NO_ERROR) -> None:
+        """Read no more of a request stream (STOP_SENDING); what was sent on it still arrives. A
+        client is not told of H3_NO_ERROR: it says that the answer is complete all the same.
+        """
+        session = self._sessions.get(connection)
+        if session is not None:
+            session.stop_reading(stream_id, error_code)
+
+    def stream_backlog_bytes(self, connection: int, stream_id: int) -> int:
+        """See ``Engine.stream_backlog_bytes``."""
+        return self.engine.stream_backlog_bytes(connection, stream_id)
+
+    def notify_writable(self, connection: int, stream_id: int, below_bytes: int) -> None:
+        """See ``Engine.notify_writable``."""
+        self.engine.notify_writable(connection, stream_id, below_bytes)
+
+    def pause_reading(self, connection: int, stream_id: int) -> None:
+        """See ``Engine.pause_reading``."""
+        self.engine.pause_reading(connection, stream_id)
+
+    def resume_reading(self, connection: int, stream_id: int) -> None:
+        """See ``Engine.resume_reading``."""
+        self.engine.resume_reading(connection, stream_id)
+
+    def widen_connection(self, connection: int, window_bytes: int) -> None:
+        """See ``Engine.widen_connection``."""
+        self.engine.widen_connection(connection, window_bytes)
 
     def send_goaway(self, connection: int) -> None:
         """Take no more requests on a connection (gateway): those whose first byte has not arrived
@@ -216,7 +253,7 @@ class Endpoint:
 
     def _handle(self, event: Event, now: float) -> None:
         match event:
-            case ConnectionAccepted() | StreamsAvailable():
+            case ConnectionAccepted() | StreamsAvailable() | StreamWritable():
                 self._events.append(event)
             case HandshakeCompleted():
                 self._open(event, now)
@@ -240,7 +277,9 @@ class Endpoint:
         if isinstance(event, StreamDataReceived):
             self._events.append(RawStreamReceived(connection, stream_id, event.data, event.ended))
         else:
-            self._events.append(StreamAborted(connection, stream_id, event.error_code))
+            self._events.append(
+                StreamAborted(connection, stream_id, event.error_code, _is_sending(event))
+            )
 
     def _open(self, event: HandshakeCompleted, now: float) -> None:
         connection = event.connection
@@ -286,7 +325,9 @@ class Endpoint:
             and not self._is_early_answer(event)
             and not session.is_rejected(event.stream_id)
         ):
-            self._events.append(StreamAborted(connection, event.stream_id, event.error_code))
+            self._events.append(
+                StreamAborted(connection, event.stream_id, event.error_code, _is_sending(event))
+            )
         if session.closing is not None:
             error_code, reason = session.closing
             self.engine.close(connection, error_code, reason, now)
@@ -319,3 +360,7 @@ class Endpoint:
         self._events.append(
             HeadersReceived(connection, event.stream_id, event.headers, event.stream_ended)
         )
+
+
+def _is_sending(event: StreamReset | StopSendingReceived) -> bool:
+    return isinstance(event, StopSendingReceived)

@@ -15,13 +15,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Literal, Protocol
+from typing import Final, Literal, Protocol
 
 from toppy.model.drop_reason import DropReason
 
 Buffer = bytes | bytearray | memoryview
 Address = tuple[str, int]
 CongestionControl = Literal["cubic", "bbr", "newreno"]
+READ_TURN_BYTES: Final = 256 * 1024
+"""What one stream reports between two calls of ``poll_events``, and the most of one event."""
 
 
 class Admission(Enum):
@@ -46,8 +48,9 @@ class EngineConfig:
     is_client: bool
     alpn_protocols: tuple[str, ...]
     certificate_chain_pem: bytes = b""
-    """Server only: the leaf first."""
+    """The leaf first. On a client: what it shows to a server that asks; empty: nothing."""
     private_key_pem: bytes = field(default=b"", repr=False)
+    """Not encrypted."""
     ca_certificates_pem: bytes | None = None
     """Client only: the roots to trust; None means the roots of the system."""
     idle_timeout_s: float = 30.0
@@ -62,8 +65,15 @@ class EngineConfig:
     max_bidirectional_streams: int = 128
     """How many request streams the other end may have open at once."""
     max_unidirectional_streams: int = 16
-    stream_window_bytes: int = 1 << 20
-    connection_window_bytes: int = 16 << 20
+    stream_window_bytes: int = 8 << 20
+    """What the other end may have under way or unread on one stream: its throughput is this much
+    per round trip, and some third of it where 1 % is lost. Nothing is allocated before it comes."""
+    connection_window_bytes: int = 32 << 20
+    """The same for all streams of a connection together; ``widen_connection`` makes it larger."""
+    paused_window_bytes: int = 128 << 20
+    """What the latter grows by, at most, for paused streams with unread data: one stream window
+    each, so that they take nothing from the others. More paused streams than this has room for
+    hold up the others of their connection once all of them are full."""
     tunnel_queue_bytes: int = 1 << 20
     """Outgoing datagrams waiting, per tunnel; beyond it the oldest is dropped and counted."""
     connection_queue_bytes: int = 8 << 20
@@ -81,7 +91,13 @@ class EngineConfig:
     """64 bytes, the key of Retry tokens and session tickets. Empty: a random key. Server only."""
     resumes_sessions: bool = True
     """A client that comes back skips the certificate (RFC 8446 section 2.2), at any server with the
-    same token key and certificate. Never 0-RTT. Native only."""
+    same token key, certificate and CA of clients. Never 0-RTT. Native only."""
+    client_ca_pem: bytes = b""
+    """Server only: the CAs whose client certificates are accepted; empty: none is asked for."""
+    requires_client_certificate: bool = False
+    """Server only: a client without one is refused with the alert certificate_required."""
+    cipher_suites: tuple[str, ...] = ()
+    """Of TLS 1.3, by their names in RFC 8446, in order of preference; empty: the engine's own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +141,14 @@ class StopSendingReceived:
 
 
 @dataclass(frozen=True, slots=True)
+class StreamWritable:
+    """As asked by ``notify_writable``: less than the bound waits on the stream."""
+
+    connection: int
+    stream_id: int
+
+
+@dataclass(frozen=True, slots=True)
 class StreamsAvailable:
     """The peer allows more bidirectional streams, after ``open_stream`` found none."""
 
@@ -148,6 +172,7 @@ Event = (
     | StreamDataReceived
     | StreamReset
     | StopSendingReceived
+    | StreamWritable
     | StreamsAvailable
     | ConnectionClosed
 )
@@ -205,15 +230,40 @@ class Engine(Protocol):
         ...
 
     def send_stream(
-        self, connection: int, stream_id: int, data: bytes, *, end: bool = False
+        self, connection: int, stream_id: int, data: Buffer, *, end: bool = False
     ) -> None:
-        """Queue bytes on a stream. The caller bounds them with ``stream_backlog_bytes``. Ignored on
-        a stream or connection that is gone (its event is on the way).
+        """Queue a copy of bytes on a stream. The caller bounds them with ``stream_backlog_bytes``.
+        Ignored on a stream or connection that is gone (its event is on the way).
         """
         ...
 
     def stream_backlog_bytes(self, connection: int, stream_id: int) -> int:
         """Bytes given to ``send_stream`` that flow and congestion control still hold back."""
+        ...
+
+    def notify_writable(self, connection: int, stream_id: int, below_bytes: int) -> None:
+        """Ask for one ``StreamWritable`` once less than ``below_bytes`` wait on a stream, which may
+        be now. Asking again replaces the bound. Nothing comes when the stream is reset, the peer
+        stops it or the connection ends first.
+        """
+        ...
+
+    def pause_reading(self, connection: int, stream_id: int) -> None:
+        """Report nothing more of what arrives on a stream: the peer gets no more credit for it, so
+        that at most ``stream_window_bytes`` are held. Events that were made already still come,
+        ``READ_TURN_BYTES`` at most. A reset is reported at once, and what was held is discarded;
+        so it is when the connection ends.
+        """
+        ...
+
+    def resume_reading(self, connection: int, stream_id: int) -> None:
+        """Report what was held, and what arrives from now on; ``READ_TURN_BYTES`` between two calls
+        of ``poll_events``, so that the caller may pause again.
+        """
+        ...
+
+    def widen_connection(self, connection: int, window_bytes: int) -> None:
+        """Make a connection's ``connection_window_bytes`` larger; it never shrinks."""
         ...
 
     def reset_stream(self, connection: int, stream_id: int, error_code: int) -> None:
@@ -249,6 +299,12 @@ class Engine(Protocol):
 
     def peer_address(self, connection: int) -> Address | None:
         """Where the peer is now (it may migrate)."""
+        ...
+
+    def peer_certificates(self, connection: int) -> tuple[bytes, ...]:
+        """The chain that the peer has shown and that was verified, DER, the leaf first; empty
+        before the end of the handshake, and where it showed none.
+        """
         ...
 
     def supports_datagrams(self, connection: int) -> bool:

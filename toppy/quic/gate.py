@@ -6,6 +6,7 @@ import ipaddress
 from collections import Counter
 from dataclasses import dataclass
 
+from toppy.policy.attempts import AttemptLimit
 from toppy.quic.engine import Address, Admission
 
 
@@ -19,6 +20,8 @@ class GateLimits:
     retry_threshold: int
     """Handshakes under way above which a client must prove its address first."""
     handshake_timeout_s: float
+    attempts_per_source_per_s: int = 0
+    """As many at once as ``max_connections_per_source``, at least; 0: no limit."""
 
 
 class ConnectionGate:
@@ -34,6 +37,12 @@ class ConnectionGate:
         self._source_of: dict[int, str] = {}
         self._per_source: Counter[str] = Counter()
         self._handshake_deadline: dict[int, float] = {}
+        self._attempts: AttemptLimit | None = None
+        if limits.attempts_per_source_per_s:
+            per_s = limits.attempts_per_source_per_s
+            self._attempts = AttemptLimit(per_s, max(per_s, limits.max_connections_per_source))
+        self._now = 0.0
+        """The engine asks without a clock: the last reading serves, half a second old at most."""
         self.retried = 0
         self.refused = 0
         self.is_draining = False
@@ -52,13 +61,23 @@ class ConnectionGate:
         if not is_validated and len(self._handshake_deadline) >= limits.retry_threshold:
             self.retried += 1
             return Admission.RETRY
-        if self._per_source[source_key(source[0])] >= limits.max_connections_per_source:
+        key = source_key(source[0])
+        if self._per_source[key] >= limits.max_connections_per_source:
+            self.refused += 1
+            return Admission.REFUSE
+        # those that have proved their address are counted apart: whoever forges a source must not
+        # be able to use up what the true one may
+        if self._attempts is not None and not self._attempts.take((key, is_validated), self._now):
+            if not is_validated:
+                self.retried += 1
+                return Admission.RETRY
             self.refused += 1
             return Admission.REFUSE
         return Admission.ACCEPT
 
     def accepted(self, connection: int, source: Address, now: float) -> None:
         """A handshake began."""
+        self._now = now
         key = source_key(source[0])
         self._source_of[connection] = key
         self._per_source[key] += 1
@@ -78,7 +97,10 @@ class ConnectionGate:
         return self._handshake_deadline.pop(connection, None) is None
 
     def overdue(self, now: float) -> list[int]:
-        """Connections whose handshake takes longer than allowed; close them."""
+        """Connections whose handshake takes longer than allowed; close them. Call it twice a second
+        or more often, whether there are any or not.
+        """
+        self._now = now
         # insertion order is deadline order, so the walk ends at the first that has time left
         overdue = []
         for connection, deadline in self._handshake_deadline.items():

@@ -12,12 +12,20 @@ from dataclasses import dataclass
 from typing import Final
 
 import pylsqpack
-from aioquic.h3.connection import H3Connection
+from aioquic.h3.connection import FrameType, H3Connection, H3Stream, HeadersState
 from aioquic.h3.events import DataReceived, HeadersReceived
 from aioquic.quic import events as quic_events
 
 from toppy.errors import PeerError
-from toppy.quic.engine import Engine, Event, StopSendingReceived, StreamDataReceived, StreamReset
+from toppy.quic.data_frames import encode_data_header, split_data_frames
+from toppy.quic.engine import (
+    Buffer,
+    Engine,
+    Event,
+    StopSendingReceived,
+    StreamDataReceived,
+    StreamReset,
+)
 from toppy.quic.goaway import GoawayReader, encode_goaway
 
 Headers = Sequence[tuple[bytes, bytes]]
@@ -41,6 +49,8 @@ _CONTROL_BUFFER_BYTES: Final = 4096
 _FRUITLESS_BYTES: Final = 256 * 1024
 """Stream bytes that lead to no event (settings, ignored frames, parts of header sections) that a
 connection may send in its life: a flood of empty frames costs the receiver more than the sender."""
+_SMALL_BODY_BYTES: Final = 4096
+"""Up to this, copying the content behind its frame header is cheaper than a call for each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,16 +171,14 @@ class Http3Session:
                     self.abort(stream_id, H3_REQUEST_REJECTED)
                     self._count_fruitless(len(data))
                     return []
-                unread = self._unread_of_new_stream(stream_id)
-                happened = self._h3.handle_event(
-                    quic_events.StreamDataReceived(data=data, end_stream=ended, stream_id=stream_id)
-                )
+                stream = self._h3._stream.get(stream_id)
+                if stream is not None and _is_in_body(stream):
+                    happened = self._receive_body(stream, data, ended=ended)
+                else:
+                    happened = self._receive_frames(stream_id, data, ended=ended)
                 if not happened:
                     self._count_fruitless(len(data))
-                self._check_buffer(stream_id)
-                if stream_id == self._h3._peer_control_stream_id and self._quic.closing is None:
-                    self._receive_control(unread + data)
-                return [e for e in happened if isinstance(e, HeadersReceived | DataReceived)]
+                return happened
             case StreamReset(stream_id=stream_id) | StopSendingReceived(stream_id=stream_id) if (
                 self.is_rejected(stream_id)
             ):
@@ -184,6 +192,42 @@ class Http3Session:
             case _:
                 pass
         return []
+
+    def _receive_body(
+        self, stream: H3Stream, data: bytes, *, ended: bool
+    ) -> list[HeadersReceived | DataReceived]:
+        """Bytes behind a header section: mostly DATA frames, and the rest is for aioquic."""
+        if stream.buffer:
+            data = stream.buffer + data
+            stream.buffer = b""
+        content, left, used = split_data_frames(data, stream.frame_size or 0)
+        stream.content_length += len(content)
+        stream.frame_size = left or None
+        stream.frame_type = FrameType.DATA if left else None
+        happened: list[HeadersReceived | DataReceived] = []
+        if used < len(data) or ended:
+            happened = self._receive_frames(stream.stream_id, data[used:], ended=ended)
+        if not content:
+            return happened
+        if happened and isinstance(happened[0], DataReceived):
+            happened[0].data = content + happened[0].data
+            return happened
+        return [
+            DataReceived(data=content, stream_id=stream.stream_id, stream_ended=False),
+            *happened,
+        ]
+
+    def _receive_frames(
+        self, stream_id: int, data: bytes, *, ended: bool
+    ) -> list[HeadersReceived | DataReceived]:
+        unread = self._unread_of_new_stream(stream_id)
+        happened = self._h3.handle_event(
+            quic_events.StreamDataReceived(data=data, end_stream=ended, stream_id=stream_id)
+        )
+        self._check_buffer(stream_id)
+        if stream_id == self._h3._peer_control_stream_id and self._quic.closing is None:
+            self._receive_control(unread + data)
+        return [e for e in happened if isinstance(e, HeadersReceived | DataReceived)]
 
     def _count_fruitless(self, size: int) -> None:
         self._fruitless_bytes += size
@@ -242,23 +286,52 @@ class Http3Session:
             return
         self._h3.send_headers(stream_id, list(headers), end)
 
-    def send_data(self, stream_id: int, data: bytes, *, end: bool) -> None:
-        """Send body bytes, on a tunnel: capsules. A stream no longer open is left alone."""
-        if not self._is_sendable(stream_id):
+    def send_data(self, stream_id: int, data: Buffer, *, end: bool) -> None:
+        """Send body bytes in a DATA frame. A stream no longer open is left alone, and one whose
+        header section was not sent.
+        """
+        stream = self._h3._stream.get(stream_id)
+        if (
+            stream is None
+            or stream.sending_ended
+            or stream.headers_send_state != HeadersState.AFTER_HEADERS
+        ):
             return
-        self._h3.send_data(stream_id, data, end)
+        size = data.nbytes if isinstance(data, memoryview) else len(data)
+        if size:
+            header = encode_data_header(size)
+            if size <= _SMALL_BODY_BYTES:
+                data = header + data
+            else:
+                self._engine.send_stream(self._connection, stream_id, header)
+        if size or end:
+            self._engine.send_stream(self._connection, stream_id, data, end=end)
+        if end:
+            self._end_sending(stream)
 
     def _is_sendable(self, stream_id: int) -> bool:
         # aioquic forgets a stream when both directions have ended, and would make a new one
         stream = self._h3._stream.get(stream_id)
         return stream is not None and not stream.sending_ended
 
-    def stop_reading(self, stream_id: int) -> None:
+    def _end_sending(self, stream: H3Stream) -> None:
+        stream.sending_ended = True
+        if stream.is_ended():
+            del self._h3._stream[stream.stream_id]
+
+    def reset_sending(self, stream_id: int, error_code: int) -> None:
+        """Abandon what we send on a request stream; what the peer sends still arrives."""
+        self._engine.reset_stream(self._connection, stream_id, error_code)
+        stream = self._h3._stream.get(stream_id)
+        if stream is not None:
+            self._end_sending(stream)
+
+    def stop_reading(self, stream_id: int, error_code: int) -> None:
         """Read no more of a request stream; what was sent on it still arrives."""
         stream = self._h3._stream.get(stream_id)
         if stream is None or stream.receiving_ended:
             return
-        self._engine.stop_stream(self._connection, stream_id, H3_NO_ERROR)
+        self._engine.stop_stream(self._connection, stream_id, error_code)
         self._given_up.add((self._connection, stream_id))
         stream.receiving_ended = True
         stream.buffer = b""
@@ -288,3 +361,15 @@ class Http3Session:
                 self.abort(stream_id, H3_EXCESSIVE_LOAD)
             else:
                 self._quic.closing = (H3_EXCESSIVE_LOAD, "a control frame is too large")
+
+
+def _is_in_body(stream: H3Stream) -> bool:
+    """Whether aioquic holds nothing of a request stream but the beginning of a frame header, behind
+    its header section: the next bytes are content, or begin a frame.
+    """
+    return (
+        stream.headers_recv_state == HeadersState.AFTER_HEADERS
+        and not stream.blocked
+        and (stream.frame_type is None or stream.frame_type == FrameType.DATA)
+        and not (stream.buffer and stream.frame_size is not None)
+    )

@@ -25,6 +25,7 @@ from toppy.quic.engine import (
     StreamDataReceived,
     StreamReset,
     StreamsAvailable,
+    StreamWritable,
     Transmit,
 )
 
@@ -46,6 +47,7 @@ _EVENTS: Final[tuple[Callable[..., Event], ...]] = (
     StopSendingReceived,
     _connection_closed,
     StreamsAvailable,
+    StreamWritable,
 )
 
 
@@ -90,12 +92,24 @@ class NativeEngine:
         return self._endpoint.open_stream(connection, is_unidirectional)
 
     def send_stream(
-        self, connection: int, stream_id: int, data: bytes, *, end: bool = False
+        self, connection: int, stream_id: int, data: Buffer, *, end: bool = False
     ) -> None:
         self._endpoint.send_stream(connection, stream_id, data, end)
 
     def stream_backlog_bytes(self, connection: int, stream_id: int) -> int:
         return self._endpoint.stream_backlog_bytes(connection, stream_id)
+
+    def notify_writable(self, connection: int, stream_id: int, below_bytes: int) -> None:
+        self._endpoint.notify_writable(connection, stream_id, below_bytes)
+
+    def pause_reading(self, connection: int, stream_id: int) -> None:
+        self._endpoint.pause_reading(connection, stream_id)
+
+    def resume_reading(self, connection: int, stream_id: int) -> None:
+        self._endpoint.resume_reading(connection, stream_id)
+
+    def widen_connection(self, connection: int, window_bytes: int) -> None:
+        self._endpoint.widen_connection(connection, window_bytes)
 
     def datagram_backlog_bytes(self, connection: int, quarter_stream_id: int) -> int:
         return self._endpoint.datagram_backlog_bytes(connection, quarter_stream_id)
@@ -120,6 +134,9 @@ class NativeEngine:
 
     def peer_address(self, connection: int) -> Address | None:
         return self._endpoint.peer_address(connection)
+
+    def peer_certificates(self, connection: int) -> tuple[bytes, ...]:
+        return tuple(self._endpoint.peer_certificates(connection))
 
     def supports_datagrams(self, connection: int) -> bool:
         return self._endpoint.supports_datagrams(connection)

@@ -7,24 +7,24 @@ use std::time::Instant;
 use bytes::{Bytes, BytesMut};
 use quinn_proto::crypto::rustls::HandshakeData;
 use quinn_proto::{
-    ConnectionHandle, ConnectionId, Dir, Event as QuicEvent, ReadError, SendDatagramError,
-    StreamEvent, StreamId, VarInt,
+    ConnectionHandle, ConnectionId, Dir, Event as QuicEvent, SendDatagramError, StreamEvent,
+    StreamId, VarInt,
 };
+use rustls::pki_types::CertificateDer;
 
 use crate::arrived::Arrived;
 use crate::datagram_queue::DatagramQueue;
 use crate::drops::{DropReason, Drops};
 use crate::ending::{Ending, sendable};
 use crate::http_datagram::{Prefix, parse};
+use crate::reading::{StreamReaders, Windows};
 use crate::settings::DATAGRAM_BUFFER_BYTES;
-use crate::streams::{KnownStreams, StreamWriters};
+use crate::streams::{KnownStreams, PROBE_BYTES, StreamWriters};
 
 /// RFC 9297 section 5.2.
 const H3_DATAGRAM_ERROR: u32 = 0x33;
 /// The only protocol here whose DATAGRAM frames are HTTP Datagrams.
 const H3_ALPN: &[u8] = b"h3";
-/// Of one `StreamData` event.
-const MAX_CHUNK_BYTES: usize = 64 * 1024;
 /// Segments of one GSO send.
 const MAX_SEGMENTS: usize = 60;
 /// Bytes of one GSO send.
@@ -63,6 +63,10 @@ pub enum Event {
         stream: u64,
         error_code: u64,
     },
+    StreamWritable {
+        connection: u64,
+        stream: u64,
+    },
     StreamsAvailable {
         connection: u64,
     },
@@ -78,6 +82,8 @@ pub struct Outbox {
     pub events: VecDeque<Event>,
     pub arrived: Arrived,
     pub drops: Drops,
+    /// Connections with streams to read in the next poll, some of them twice.
+    pub unread: Vec<u64>,
 }
 
 /// UDP datagrams for one destination; `segment_bytes` is 0 for a single one.
@@ -88,13 +94,14 @@ pub struct Transmit {
     pub destination: SocketAddr,
 }
 
-/// Bounds of the outgoing datagrams that wait, in bytes, and of the peer's streams.
+/// Bounds of the outgoing datagrams that wait, in bytes, and of the peer's streams and their bytes.
 #[derive(Debug, Clone, Copy)]
 pub struct Bounds {
     pub tunnel: usize,
     pub connection: usize,
     /// Bidirectional ones that the peer may have open at once.
     pub streams: VarInt,
+    pub windows: Windows,
 }
 
 /// A client of which nothing is known but its first packet.
@@ -122,6 +129,7 @@ pub struct Connection {
     carries_http: bool,
     known: KnownStreams,
     writers: StreamWriters,
+    readers: StreamReaders,
     queue: DatagramQueue,
     unproved: Option<Unproved>,
     most_streams: VarInt,
@@ -154,6 +162,7 @@ impl Connection {
             carries_http: false,
             known: KnownStreams::new(quic.side()),
             writers: StreamWriters::default(),
+            readers: StreamReaders::new(bounds.windows),
             queue: DatagramQueue::new(bounds.tunnel, bounds.connection),
             unproved,
             most_streams: bounds.streams,
@@ -198,6 +207,7 @@ impl Connection {
                 QuicEvent::Stream(event) => self.handle_stream_event(event, outbox),
                 QuicEvent::ConnectionLost { reason } => {
                     self.take_datagrams(now, outbox);
+                    self.readers.read_all(&mut self.quic, self.number, outbox);
                     self.report_closed(Ending::from_error(&reason), outbox);
                 }
                 QuicEvent::HandshakeDataReady
@@ -208,6 +218,14 @@ impl Connection {
         self.take_datagrams(now, outbox);
         if !self.is_closed {
             self.writers.flush(&mut self.quic);
+            self.report_writable(outbox);
+        }
+    }
+
+    /// Read the streams that have something, a turn each.
+    pub fn read_on(&mut self, outbox: &mut Outbox) {
+        if !self.is_closed {
+            self.readers.read_on(&mut self.quic, self.number, outbox);
         }
     }
 
@@ -228,6 +246,7 @@ impl Connection {
         }
         self.is_closed = true;
         self.writers.clear();
+        self.readers.clear();
         let unsent = self.queue.clear() + self.forget_held();
         outbox.drops.add(DropReason::UnknownStream, unsent);
         outbox.events.push_back(Event::Closed {
@@ -281,9 +300,71 @@ impl Connection {
     /// Tell the peer that we read no more.
     pub fn stop_stream(&mut self, stream: u64, error_code: VarInt) {
         if let Some(id) = self.known.receivable(stream) {
+            self.readers.forget(id);
             // an error means that the stream has ended already
             let _ = self.quic.recv_stream(id).stop(error_code);
         }
+    }
+
+    /// Report nothing more of what arrives on a stream, and give the peer no more credit for it.
+    pub fn pause_reading(&mut self, stream: u64) {
+        if self.is_closed {
+            return;
+        }
+        // a stream that has ended, or that we stopped, is not readable
+        let Some(id) = self.known.receivable(stream) else {
+            return;
+        };
+        if self.quic.recv_stream(id).read(true).is_ok() {
+            self.readers.pause(&mut self.quic, id);
+        }
+    }
+
+    /// Report what arrives on a stream again.
+    pub fn resume_reading(&mut self, stream: u64, outbox: &mut Outbox) {
+        if self.is_closed {
+            return;
+        }
+        if let Some(id) = self.known.receivable(stream) {
+            self.readers.resume(id, self.number, outbox);
+        }
+    }
+
+    #[cfg(test)]
+    pub fn readers_are_idle(&self) -> bool {
+        self.readers.is_idle()
+    }
+
+    /// Say once, now or later, that less than `below` bytes of a stream wait.
+    pub fn notify_writable(&mut self, stream: u64, below: usize, outbox: &mut Outbox) {
+        if self.is_closed {
+            return;
+        }
+        let Some(id) = self.known.sendable(stream) else {
+            return;
+        };
+        if matches!(self.quic.send_stream(id).stopped(), Ok(None)) {
+            self.writers.watch(id, below);
+            self.report_writable(outbox);
+        }
+    }
+
+    /// Let the peer have this much unread of all streams together; it only grows.
+    pub fn widen(&mut self, window: u64) {
+        if !self.is_closed {
+            self.readers.widen(&mut self.quic, window);
+        }
+    }
+
+    /// The chain that the peer has shown, the leaf first; empty before the handshake's end.
+    pub fn peer_certificates(&self) -> Vec<CertificateDer<'static>> {
+        if self.is_closed || self.quic.is_handshaking() {
+            return Vec::new();
+        }
+        let identity = self.quic.crypto_session().peer_identity();
+        identity
+            .and_then(|chain| chain.downcast().ok())
+            .map_or_else(Vec::new, |chain| *chain)
     }
 
     /// Whether the peer takes DATAGRAM frames.
@@ -350,8 +431,11 @@ impl Connection {
         spare: &mut Vec<Vec<u8>>,
         drops: &mut Drops,
     ) {
+        let mut is_short = false;
+        let mut is_probing = false;
         loop {
-            if !self.is_closed {
+            // behind a short one nothing more can be sent, or streams have to be probed
+            if !self.is_closed && !is_short {
                 self.writers.flush(&mut self.quic);
             }
             if !self.queue.is_empty() && self.is_buffer_empty() {
@@ -367,10 +451,28 @@ impl Connection {
             }
             let mut data = spare.pop().unwrap_or_default();
             data.clear();
+            let held = self.held_datagram_bytes();
             let Some(transmit) = self.quic.poll_transmit(now, most, &mut data) else {
                 spare.push(data);
+                is_short = true;
+                is_probing = !self.is_closed && !is_probing && self.writers.probe(&mut self.quic);
+                if is_probing {
+                    continue;
+                }
                 break;
             };
+            let was_probing = std::mem::take(&mut is_probing);
+            if was_probing {
+                self.writers.see_empty();
+            }
+            if transmit.size >= PROBE_BYTES {
+                self.writers.may_probe();
+            }
+            let datagrams = held - self.held_datagram_bytes();
+            let lost = self.quic.stats().path.lost_bytes;
+            let size = transmit.size.saturating_sub(datagrams) as u64;
+            self.writers.see_sent(size, lost);
+            is_short = !was_probing && datagrams == 0 && transmit.size < (most - 1) * mtu;
             data.truncate(transmit.size);
             if data.len() < SMALL_TRANSMIT_BYTES {
                 // quinn-proto made room for a whole batch: not for each of a thousand small answers
@@ -422,11 +524,11 @@ impl Connection {
             StreamEvent::Opened { dir } => {
                 while let Some(id) = self.quic.streams().accept(dir) {
                     self.known.add(id);
-                    self.read(id, outbox);
+                    self.see_readable(id, outbox);
                 }
                 self.allow_more_streams();
             }
-            StreamEvent::Readable { id } => self.read(id, outbox),
+            StreamEvent::Readable { id } => self.see_readable(id, outbox),
             StreamEvent::Stopped { id, error_code } => {
                 self.reset(id, error_code);
                 outbox.events.push_back(Event::StopSending {
@@ -459,51 +561,17 @@ impl Connection {
         }
     }
 
-    fn read(&mut self, id: StreamId, outbox: &mut Outbox) {
-        let connection = self.number;
-        let stream = id.into();
-        let mut quic_stream = self.quic.recv_stream(id);
-        let Ok(mut chunks) = quic_stream.read(true) else {
-            return;
-        };
-        let mut data = Vec::new();
-        loop {
-            let (is_ended, reset) = match chunks.next(usize::MAX) {
-                Ok(Some(chunk)) => {
-                    if !data.is_empty() && data.len() + chunk.bytes.len() > MAX_CHUNK_BYTES {
-                        outbox.events.push_back(Event::StreamData {
-                            connection,
-                            stream,
-                            data: std::mem::take(&mut data),
-                            is_ended: false,
-                        });
-                    }
-                    data.extend_from_slice(&chunk.bytes);
-                    continue;
-                }
-                Ok(None) => (true, None),
-                Err(ReadError::Blocked) => (false, None),
-                Err(ReadError::Reset(error_code)) => (false, Some(error_code)),
-            };
-            if is_ended || !data.is_empty() {
-                outbox.events.push_back(Event::StreamData {
-                    connection,
-                    stream,
-                    data,
-                    is_ended,
-                });
-            }
-            if let Some(error_code) = reset {
-                outbox.events.push_back(Event::StreamReset {
-                    connection,
-                    stream,
-                    error_code: error_code.into_inner(),
-                });
-            }
-            break;
+    fn see_readable(&mut self, id: StreamId, outbox: &mut Outbox) {
+        self.readers.see(&mut self.quic, id, self.number, outbox);
+    }
+
+    fn report_writable(&mut self, outbox: &mut Outbox) {
+        for id in self.writers.take_writable() {
+            outbox.events.push_back(Event::StreamWritable {
+                connection: self.number,
+                stream: id.into(),
+            });
         }
-        // what this says (send now?) is asked of every connection that received something
-        let _ = chunks.finalize();
     }
 
     fn reset(&mut self, id: StreamId, error_code: VarInt) {
@@ -589,7 +657,13 @@ impl Connection {
     }
 
     fn is_buffer_empty(&mut self) -> bool {
-        self.quic.datagrams().send_buffer_space() == DATAGRAM_BUFFER_BYTES - HELD_OVERHEAD_BYTES
+        self.held_datagram_bytes() == 0
+    }
+
+    /// What quinn-proto holds of datagrams, as it counts.
+    fn held_datagram_bytes(&mut self) -> usize {
+        let room = DATAGRAM_BUFFER_BYTES - HELD_OVERHEAD_BYTES;
+        room.saturating_sub(self.quic.datagrams().send_buffer_space())
     }
 }
 

@@ -68,10 +68,18 @@ pub fn sendable(reason: &str) -> &str {
 }
 
 fn by_peer(close: &ConnectionClose) -> Ending {
-    let reason = String::from_utf8_lossy(&close.reason);
+    let said = String::from_utf8_lossy(&close.reason);
+    let error_code = u64::from(close.error_code);
+    let words = or(&plain(&said), &describe(close.error_code));
+    let reason = match error_code.wrapping_sub(CRYPTO_ERROR) {
+        42..=46 | 48 => format!("the peer does not accept the certificate: {words}"),
+        // how implementations say this differs too much to be of use
+        116 => describe(close.error_code),
+        _ => words,
+    };
     Ending {
-        error_code: u64::from(close.error_code),
-        reason: or(&plain(&reason), &describe(close.error_code)),
+        error_code,
+        reason,
         is_by_peer: true,
     }
 }
@@ -95,6 +103,11 @@ fn plain(reason: &str) -> String {
         Some("UnknownIssuer") => {
             "certificate refused: no trusted authority issued it (UnknownIssuer)".into()
         }
+        Some("BadSignature") => {
+            "certificate refused: another authority of the same name issued it \
+             (the signature is not the trusted one's)"
+                .into()
+        }
         Some(cause) => format!("certificate refused: {cause}"),
         None => reason.to_owned(),
     }
@@ -114,7 +127,7 @@ fn describe(code: TransportErrorCode) -> String {
             80 => "internal error",
             109 => "missing extension",
             112 => "unrecognized name",
-            116 => "certificate required",
+            116 => "certificate required: the peer asks for a client certificate",
             120 => "no application protocol in common",
             other => return format!("TLS alert {other}"),
         };
@@ -193,6 +206,8 @@ mod tests {
         for error in &errors {
             assert_ne!(Ending::from_error(error).reason, "", "{error:?}");
         }
+        let reason = Ending::from_error(&errors[6 + 48]).reason;
+        assert!(reason.starts_with("the peer does not accept the certificate: "));
         assert_eq!(
             Ending::from_error(&errors[6 + 120]).reason,
             "TLS alert: no application protocol in common"

@@ -11,6 +11,7 @@ use quinn_proto::{
     ClientConfig, ConnectionHandle, ConnectionId, DatagramEvent, Dir, EndpointEvent, Incoming,
     VarInt,
 };
+use rustls::pki_types::CertificateDer;
 
 use crate::arrived::Group;
 use crate::clock::Clock;
@@ -20,6 +21,7 @@ use crate::connection::{
 use crate::connection_id::MAX_CONNECTION_ID_BYTES;
 use crate::drops::DropReason;
 use crate::ending::Ending;
+use crate::reading::Windows;
 use crate::settings::Settings;
 
 /// Answers of the endpoint itself (Retry, Version Negotiation, resets) that may wait to be sent.
@@ -76,6 +78,11 @@ impl Endpoint {
                 tunnel: bound(settings.tunnel_queue_bytes),
                 connection: bound(settings.connection_queue_bytes),
                 streams: settings.most_streams()?,
+                windows: Windows {
+                    stream: settings.stream_window_bytes,
+                    connection: settings.connection_window_bytes,
+                    paused: settings.paused_window_bytes,
+                },
             },
             clock,
             connections: Vec::new(),
@@ -207,6 +214,7 @@ impl Endpoint {
     /// When `handle_timeout` is to be called, or the time itself when something waits to be polled.
     pub fn next_timeout(&self) -> Option<f64> {
         let is_waiting = !(self.outbox.events.is_empty()
+            && self.outbox.unread.is_empty()
             && self.outbox.arrived.is_empty()
             && self.answers.is_empty()
             && self.dirty.is_empty());
@@ -219,6 +227,10 @@ impl Endpoint {
 
     /// What happened since the last call.
     pub fn poll_events(&mut self) -> VecDeque<Event> {
+        for number in std::mem::take(&mut self.outbox.unread) {
+            // `with` marks it: reading gives the peer credit, which has to be sent
+            self.with(number, Connection::read_on);
+        }
         std::mem::take(&mut self.outbox.events)
     }
 
@@ -294,6 +306,38 @@ impl Endpoint {
         if let Some(it) = self.change(connection) {
             it.stop_stream(stream, error_code);
         }
+    }
+
+    /// See `Connection::pause_reading`.
+    pub fn pause_reading(&mut self, connection: u64, stream: u64) {
+        if let Some(it) = self.change(connection) {
+            it.pause_reading(stream);
+        }
+    }
+
+    /// See `Connection::resume_reading`.
+    pub fn resume_reading(&mut self, connection: u64, stream: u64) {
+        self.with(connection, |it, outbox| it.resume_reading(stream, outbox));
+    }
+
+    /// See `Connection::notify_writable`.
+    pub fn notify_writable(&mut self, connection: u64, stream: u64, below: usize) {
+        self.with(connection, |it, outbox| {
+            it.notify_writable(stream, below, outbox);
+        });
+    }
+
+    /// See `Connection::widen`.
+    pub fn widen_connection(&mut self, connection: u64, window: u64) {
+        if let Some(it) = self.change(connection) {
+            it.widen(window);
+        }
+    }
+
+    /// See `Connection::peer_certificates`.
+    pub fn peer_certificates(&self, connection: u64) -> Vec<CertificateDer<'static>> {
+        self.find(connection)
+            .map_or_else(Vec::new, Connection::peer_certificates)
     }
 
     /// See `Connection::supports_datagrams`.
@@ -433,6 +477,17 @@ impl Endpoint {
     fn find_mut(&mut self, number: u64) -> Option<&mut Connection> {
         let handle = self.handles.get(&number)?;
         self.connections.get_mut(handle.0)?.as_deref_mut()
+    }
+
+    /// Do something with a connection that may make events and something to send.
+    fn with(&mut self, number: u64, action: impl FnOnce(&mut Connection, &mut Outbox)) {
+        let Some(&handle) = self.handles.get(&number) else {
+            return;
+        };
+        self.mark_dirty(handle);
+        if let Some(Some(connection)) = self.connections.get_mut(handle.0) {
+            action(connection, &mut self.outbox);
+        }
     }
 
     /// A connection that is about to get something to send.

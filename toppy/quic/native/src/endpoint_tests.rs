@@ -490,3 +490,84 @@ fn a_client_may_open_more_streams_the_more_it_uses() {
         pair.run(0.2);
     }
 }
+
+/// Windows of the server that a test fills quickly.
+fn narrow(settings: &mut Settings) {
+    settings.stream_window_bytes = 64 * 1024;
+    settings.connection_window_bytes = 128 * 1024;
+    settings.paused_window_bytes = 128 * 1024;
+}
+
+/// A stream of the client on which `bytes` were sent, paused at the server from the start.
+fn paused_stream(pair: &mut Pair, bytes: usize) -> u64 {
+    let client = &mut pair.client.endpoint;
+    let stream = client.open_stream(pair.connection, Dir::Bi).unwrap();
+    client.send_stream(pair.connection, stream, b"x", false);
+    pair.run(0.2);
+    pair.server.endpoint.pause_reading(pair.accepted, stream);
+    let client = &mut pair.client.endpoint;
+    client.send_stream(pair.connection, stream, &vec![7; bytes], true);
+    stream
+}
+
+#[test]
+fn a_paused_stream_holds_back_its_sender_until_it_is_resumed() {
+    let mut pair = Pair::connect(narrow);
+    let stream = paused_stream(&mut pair, 1 << 20);
+    pair.client
+        .endpoint
+        .notify_writable(pair.connection, stream, 1);
+    pair.run(2.0);
+    assert_eq!(pair.server.stream_bytes(), 1);
+    let writable = Event::StreamWritable {
+        connection: pair.connection,
+        stream,
+    };
+    assert!(!pair.client.events.contains(&writable));
+    let waiting = pair
+        .client
+        .endpoint
+        .stream_backlog_bytes(pair.connection, stream);
+    assert!(waiting >= (1 << 20) - 2 * 64 * 1024, "{waiting}");
+    pair.server.endpoint.resume_reading(pair.accepted, stream);
+    pair.run(5.0);
+    assert_eq!(pair.server.stream_bytes(), (1 << 20) + 1);
+    let told = pair.client.events.iter().filter(|it| **it == writable);
+    assert_eq!(told.count(), 1);
+}
+
+#[test]
+fn what_a_connection_holds_for_paused_streams_is_bounded() {
+    let mut pair = Pair::connect(narrow);
+    let streams: Vec<_> = (0..6)
+        .map(|_| paused_stream(&mut pair, 256 * 1024))
+        .collect();
+    pair.run(3.0);
+    let mut sent = 0;
+    for stream in streams {
+        let client = &pair.client.endpoint;
+        sent += 256 * 1024 - client.stream_backlog_bytes(pair.connection, stream);
+    }
+    // the connection's window, the extension, and what quinn-proto itself keeps unsent
+    assert!(sent <= 256 * 1024 + 6 + 64 * 1024, "{sent}");
+}
+
+#[test]
+fn nothing_is_left_of_paused_streams_that_ended() {
+    let mut pair = Pair::connect(narrow);
+    let reset = paused_stream(&mut pair, 1 << 20);
+    let stopped = paused_stream(&mut pair, 10);
+    let ended = paused_stream(&mut pair, 10);
+    pair.run(0.5);
+    let code = VarInt::from_u32(1);
+    pair.client
+        .endpoint
+        .reset_stream(pair.connection, reset, code);
+    pair.server
+        .endpoint
+        .stop_stream(pair.accepted, stopped, code);
+    pair.server.endpoint.resume_reading(pair.accepted, ended);
+    pair.run(1.0);
+    let connection = pair.server.endpoint.find(pair.accepted).unwrap();
+    assert!(connection.readers_are_idle());
+}

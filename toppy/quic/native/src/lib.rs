@@ -16,6 +16,7 @@ pub mod endpoint;
 pub mod http_datagram;
 #[cfg(feature = "python")]
 mod python;
+pub mod reading;
 pub mod settings;
 pub mod streams;
 pub mod tickets;

@@ -156,6 +156,23 @@ impl Endpoint {
         Ok(())
     }
 
+    fn pause_reading(&mut self, connection: u64, stream_id: u64) {
+        self.core.pause_reading(connection, stream_id);
+    }
+
+    fn resume_reading(&mut self, connection: u64, stream_id: u64) {
+        self.core.resume_reading(connection, stream_id);
+    }
+
+    fn notify_writable(&mut self, connection: u64, stream_id: u64, below_bytes: usize) {
+        self.core
+            .notify_writable(connection, stream_id, below_bytes);
+    }
+
+    fn widen_connection(&mut self, connection: u64, window_bytes: u64) {
+        self.core.widen_connection(connection, window_bytes);
+    }
+
     fn max_payload_bytes(&mut self, connection: u64, quarter_stream_id: u64) -> i64 {
         self.core
             .max_payload_bytes(connection, quarter_stream_id)
@@ -191,6 +208,15 @@ impl Endpoint {
             Some(address) => self.addresses.tuple(py, address).map(Some),
             None => Ok(None),
         }
+    }
+
+    fn peer_certificates<'py>(
+        &self,
+        py: Python<'py>,
+        connection: u64,
+    ) -> PyResult<Bound<'py, PyList>> {
+        let chain = self.core.peer_certificates(connection);
+        PyList::new(py, chain.iter().map(|each| PyBytes::new(py, each)))
     }
 
     fn supports_datagrams(&mut self, connection: u64) -> bool {
@@ -269,6 +295,9 @@ impl Endpoint {
                 (5, fields.into_pyobject(py)?)
             }
             Event::StreamsAvailable { connection } => (6, (connection,).into_pyobject(py)?),
+            Event::StreamWritable { connection, stream } => {
+                (7, (connection, stream).into_pyobject(py)?)
+            }
         };
         (kind, fields).into_pyobject(py)
     }
@@ -356,6 +385,7 @@ fn read_settings(config: &Bound<'_, PyAny>) -> PyResult<Settings> {
         max_unidirectional_streams: number("max_unidirectional_streams")?,
         stream_window_bytes: number("stream_window_bytes")?,
         connection_window_bytes: number("connection_window_bytes")?,
+        paused_window_bytes: number("paused_window_bytes")?,
         tunnel_queue_bytes: number("tunnel_queue_bytes")?,
         connection_queue_bytes: number("connection_queue_bytes")?,
         connection_id_prefix: config.getattr("connection_id_prefix")?.extract()?,
@@ -364,6 +394,9 @@ fn read_settings(config: &Bound<'_, PyAny>) -> PyResult<Settings> {
         reset_key: config.getattr("reset_key")?.extract()?,
         token_key: config.getattr("token_key")?.extract()?,
         resumes_sessions: config.getattr("resumes_sessions")?.extract()?,
+        client_ca_pem: config.getattr("client_ca_pem")?.extract()?,
+        requires_client_certificate: config.getattr("requires_client_certificate")?.extract()?,
+        cipher_suites: config.getattr("cipher_suites")?.extract()?,
     })
 }
 

@@ -11,12 +11,15 @@ use quinn_proto::{
 };
 use ring::rand::{SecureRandom, SystemRandom};
 use ring::{hkdf, hmac};
-use rustls::RootCertStore;
 use rustls::client::Resumption;
 use rustls::crypto::CryptoProvider;
+use rustls::crypto::ring::cipher_suite::TLS13_AES_128_GCM_SHA256;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
-use rustls::server::NoServerSessionStorage;
+use rustls::quic::Suite;
+use rustls::server::danger::ClientCertVerifier;
+use rustls::server::{NoServerSessionStorage, WebPkiClientVerifier};
+use rustls::{RootCertStore, SupportedCipherSuite};
 
 use crate::connection_id::{MAX_CONNECTION_ID_BYTES, PrefixedIds};
 use crate::delivery_rate::DeliveryRateConfig;
@@ -78,6 +81,7 @@ pub struct Settings {
     pub max_unidirectional_streams: u64,
     pub stream_window_bytes: u64,
     pub connection_window_bytes: u64,
+    pub paused_window_bytes: u64,
     pub tunnel_queue_bytes: u64,
     pub connection_queue_bytes: u64,
     pub connection_id_prefix: Vec<u8>,
@@ -86,6 +90,9 @@ pub struct Settings {
     pub reset_key: Vec<u8>,
     pub token_key: Vec<u8>,
     pub resumes_sessions: bool,
+    pub client_ca_pem: Vec<u8>,
+    pub requires_client_certificate: bool,
+    pub cipher_suites: Vec<String>,
 }
 
 /// The same for quinn-proto: one of `server` and `client` is there.
@@ -201,44 +208,99 @@ impl Settings {
     }
 
     fn client_crypto(&self) -> Result<QuicClientConfig, String> {
-        let mut config = rustls::ClientConfig::builder_with_provider(provider())
+        let builder = rustls::ClientConfig::builder_with_provider(self.provider()?)
             .with_protocol_versions(&[&rustls::version::TLS13])
             .map_err(|error| error.to_string())?
-            .with_root_certificates(self.roots()?)
-            .with_no_client_auth();
+            .with_root_certificates(self.roots()?);
+        let mut config = if self.certificate_chain_pem.is_empty() {
+            builder.with_no_client_auth()
+        } else {
+            builder
+                .with_client_auth_cert(self.chain()?, self.private_key()?)
+                .map_err(|error| unusable_pair(&error))?
+        };
         config.alpn_protocols = self.alpn();
         config.resumption = if self.resumes_sessions {
             Resumption::in_memory_sessions(MAX_SESSIONS)
         } else {
             Resumption::disabled()
         };
-        QuicClientConfig::try_from(config).map_err(|error| error.to_string())
+        QuicClientConfig::with_initial(Arc::new(config), initial_suite()?)
+            .map_err(|error| error.to_string())
     }
 
     fn server_crypto(&self, token_key: &[u8]) -> Result<QuicServerConfig, String> {
-        let chain = certificates("certificate_chain_pem", &self.certificate_chain_pem)?;
-        let key = PrivateKeyDer::from_pem_slice(&self.private_key_pem)
-            .map_err(|_| "private_key_pem is not an unencrypted private key in PEM")?;
-        let mut config = rustls::ServerConfig::builder_with_provider(provider())
+        let provider = self.provider()?;
+        let verifier = self.client_verifier(&provider)?;
+        let mut config = rustls::ServerConfig::builder_with_provider(provider)
             .with_protocol_versions(&[&rustls::version::TLS13])
             .map_err(|error| error.to_string())?
-            .with_no_client_auth()
-            .with_single_cert(chain, key)
-            .map_err(|error| match error {
-                rustls::Error::InconsistentKeys(_) => {
-                    "private_key_pem does not belong to the first certificate".to_owned()
-                }
-                other => format!(
-                    "certificate_chain_pem and private_key_pem cannot be used together: {other}"
-                ),
-            })?;
+            .with_client_cert_verifier(verifier)
+            .with_single_cert(self.chain()?, self.private_key()?)
+            .map_err(|error| unusable_pair(&error))?;
         config.alpn_protocols = self.alpn();
         config.session_storage = Arc::new(NoServerSessionStorage {});
         config.send_tls13_tickets = usize::from(self.resumes_sessions);
         if self.resumes_sessions {
-            config.ticketer = Arc::new(Tickets::new(token_key, &self.certificate_chain_pem));
+            // a session keeps its client's certificate: another CA means that it is shown again
+            let seen = [&*self.certificate_chain_pem, &*self.client_ca_pem].concat();
+            config.ticketer = Arc::new(Tickets::new(token_key, &seen));
         }
-        QuicServerConfig::try_from(config).map_err(|error| error.to_string())
+        QuicServerConfig::with_initial(Arc::new(config), initial_suite()?)
+            .map_err(|error| error.to_string())
+    }
+
+    fn client_verifier(
+        &self,
+        provider: &Arc<CryptoProvider>,
+    ) -> Result<Arc<dyn ClientCertVerifier>, String> {
+        if self.client_ca_pem.is_empty() {
+            return Ok(WebPkiClientVerifier::no_client_auth());
+        }
+        let mut roots = RootCertStore::empty();
+        let found = certificates("client_ca_pem", &self.client_ca_pem)?;
+        if roots.add_parsable_certificates(found).0 == 0 {
+            return Err("client_ca_pem holds no usable root certificate".into());
+        }
+        let builder =
+            WebPkiClientVerifier::builder_with_provider(Arc::new(roots), Arc::clone(provider));
+        let builder = if self.requires_client_certificate {
+            builder
+        } else {
+            builder.allow_unauthenticated()
+        };
+        builder
+            .build()
+            .map_err(|error| format!("client_ca_pem cannot be used: {error}"))
+    }
+
+    fn chain(&self) -> Result<Vec<CertificateDer<'static>>, String> {
+        certificates("certificate_chain_pem", &self.certificate_chain_pem)
+    }
+
+    fn private_key(&self) -> Result<PrivateKeyDer<'static>, String> {
+        PrivateKeyDer::from_pem_slice(&self.private_key_pem)
+            .map_err(|_| "private_key_pem is not an unencrypted private key in PEM".into())
+    }
+
+    /// ring, with the cipher suites that are wanted, in their order.
+    fn provider(&self) -> Result<Arc<CryptoProvider>, String> {
+        let mut provider = rustls::crypto::ring::default_provider();
+        if !self.cipher_suites.is_empty() {
+            let known = provider.cipher_suites;
+            provider.cipher_suites = self
+                .cipher_suites
+                .iter()
+                .map(|name| {
+                    known
+                        .iter()
+                        .find(|suite| suite.tls13().is_some() && suite_name(suite) == *name)
+                        .copied()
+                        .ok_or_else(|| format!("cipher_suites: TLS 1.3 has none called {name}"))
+                })
+                .collect::<Result<_, _>>()?;
+        }
+        Ok(Arc::new(provider))
     }
 
     fn alpn(&self) -> Vec<Vec<u8>> {
@@ -268,8 +330,28 @@ impl Settings {
     }
 }
 
-fn provider() -> Arc<CryptoProvider> {
-    Arc::new(rustls::crypto::ring::default_provider())
+/// As RFC 8446 writes it: rustls has `TLS13_` for its `TLS_`.
+fn suite_name(suite: &SupportedCipherSuite) -> String {
+    format!("{:?}", suite.suite()).replacen("TLS13_", "TLS_", 1)
+}
+
+/// What protects first packets, whatever suites are wanted after them (RFC 9001 section 5.2).
+fn initial_suite() -> Result<Suite, String> {
+    TLS13_AES_128_GCM_SHA256
+        .tls13()
+        .and_then(|suite| suite.quic_suite())
+        .ok_or_else(|| "TLS13_AES_128_GCM_SHA256 is not built in".into())
+}
+
+fn unusable_pair(error: &rustls::Error) -> String {
+    match error {
+        rustls::Error::InconsistentKeys(_) => {
+            "private_key_pem does not belong to the first certificate".into()
+        }
+        other => {
+            format!("certificate_chain_pem and private_key_pem cannot be used together: {other}")
+        }
+    }
 }
 
 fn certificates(name: &str, pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, String> {
@@ -361,6 +443,7 @@ pub mod examples {
             max_unidirectional_streams: 4,
             stream_window_bytes: 1 << 20,
             connection_window_bytes: 16 << 20,
+            paused_window_bytes: 64 << 20,
             tunnel_queue_bytes: 1 << 20,
             connection_queue_bytes: 8 << 20,
             connection_id_prefix: Vec::new(),
@@ -369,6 +452,9 @@ pub mod examples {
             reset_key: vec![1; 64],
             token_key: vec![2; 64],
             resumes_sessions: true,
+            client_ca_pem: Vec::new(),
+            requires_client_certificate: false,
+            cipher_suites: Vec::new(),
         };
         let client = Settings {
             is_client: true,
@@ -441,6 +527,40 @@ mod tests {
             change(&mut server);
             assert!(refusal(&server).contains(name), "{}", refusal(&server));
         }
+    }
+
+    #[test]
+    fn cipher_suites_are_those_of_tls_13_alone() {
+        let (server, client) = examples::pair();
+        for names in [
+            &["TLS_CHACHA20_POLY1305_SHA256"][..],
+            &["TLS_AES_256_GCM_SHA384", "TLS_AES_128_GCM_SHA256"],
+        ] {
+            for settings in [&server, &client] {
+                let mut changed = settings.clone();
+                changed.cipher_suites = names.iter().map(|&name| name.to_owned()).collect();
+                assert_eq!(refusal(&changed), "");
+            }
+        }
+        let mut changed = server;
+        changed.cipher_suites = vec!["TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256".into()];
+        assert!(refusal(&changed).contains("cipher_suites"));
+    }
+
+    #[test]
+    fn client_certificates_need_an_authority_that_can_be_read() {
+        let (server, client) = examples::pair();
+        let mut changed = server.clone();
+        changed.client_ca_pem = server.certificate_chain_pem.clone();
+        changed.requires_client_certificate = true;
+        assert_eq!(refusal(&changed), "");
+        changed.client_ca_pem = b"garbage".to_vec();
+        assert!(refusal(&changed).contains("client_ca_pem"));
+        let mut changed = client;
+        changed.certificate_chain_pem = server.certificate_chain_pem;
+        assert!(refusal(&changed).contains("private_key_pem"));
+        changed.private_key_pem = server.private_key_pem;
+        assert_eq!(refusal(&changed), "");
     }
 
     #[test]

@@ -13,8 +13,16 @@ const MAX_SEND_WINDOW_BYTES: u64 = 16 << 20;
 /// In congestion windows: one is on its way, one is on its way back as acknowledgements, and the
 /// rest waits behind a lost packet until it was sent again.
 const SEND_WINDOW_FACTOR: u64 = 4;
-/// What one stream may hand on before the next has its turn.
-const TURN_BYTES: usize = 16 * 1024;
+/// What one stream may hand on before the next has its turn. quinn-proto takes packets of all the
+/// streams that it holds in turn, and a receiver has work for each stream in each batch of packets:
+/// so it holds little at a time, in large pieces.
+const TURN_BYTES: usize = 32 * 1024;
+/// What quinn-proto may hold unsent, as far as we know, beside the last turn; half a congestion
+/// window between these. The most is what two transmits take.
+const LEAST_UNSENT_BYTES: u64 = 16 * 1024;
+const MOST_UNSENT_BYTES: u64 = 128 * 1024;
+/// Less than a packet: see `StreamWriters::probe`.
+pub const PROBE_BYTES: usize = 1024;
 
 /// Which streams there are: those that we opened and those that the peer opened.
 #[derive(Debug)]
@@ -71,7 +79,20 @@ impl KnownStreams {
 #[derive(Debug, Default)]
 pub struct StreamWriters {
     waiting: HashMap<StreamId, Writer>,
+    /// Streams that had nothing waiting: they go before the others, once.
+    fresh: VecDeque<StreamId>,
+    /// The others, and those that have just been emptied, so that they are not fresh again at once.
     turns: VecDeque<StreamId>,
+    /// What quinn-proto holds unsent, more or less.
+    unsent: u64,
+    /// Bytes that the path had lost when `unsent` was last corrected for them.
+    lost: u64,
+    /// Nothing was sent since the last probe.
+    has_probed: bool,
+    /// Streams whose caller waits until less than so many bytes wait.
+    watched: HashMap<StreamId, usize>,
+    /// Those that have come to it.
+    writable: Vec<StreamId>,
 }
 
 #[derive(Debug, Default)]
@@ -86,8 +107,10 @@ enum Turn {
     Moved,
     /// Nothing more can be handed on now.
     Blocked,
-    /// All is handed on, or the stream is gone.
+    /// All is handed on.
     Done,
+    /// The stream is gone.
+    Gone,
 }
 
 impl StreamWriters {
@@ -97,54 +120,123 @@ impl StreamWriters {
             writer.append(data, is_ended);
             return;
         }
-        set_send_window(quic);
-        let taken = if data.is_empty() {
+        let room = usize::try_from(set_windows(quic).saturating_sub(self.unsent));
+        let first = &data[..data.len().min(room.unwrap_or(usize::MAX))];
+        let taken = if first.is_empty() {
             0
         } else {
-            match quic.send_stream(id).write(data) {
+            match quic.send_stream(id).write(first) {
                 Ok(taken) => taken,
                 Err(quinn_proto::WriteError::Blocked) => 0,
                 Err(_) => return,
             }
         };
+        self.unsent += taken as u64;
         if taken < data.len() {
             let mut writer = Writer::default();
             writer.append(&data[taken..], is_ended);
             self.waiting.insert(id, writer);
-            self.turns.push_back(id);
+            if taken < TURN_BYTES {
+                self.fresh.push_back(id);
+            } else {
+                self.turns.push_back(id);
+            }
         } else if is_ended {
             // an error means that the stream is gone, and its event is on the way
             let _ = quic.send_stream(id).finish();
         }
     }
 
-    /// Hand on what flow and congestion control allow now.
+    /// Hand on what flow and congestion control allow now, and what quinn-proto needs.
     pub fn flush(&mut self, quic: &mut Connection) {
-        if self.turns.is_empty() {
+        if self.waiting.is_empty() {
             return;
         }
-        set_send_window(quic);
+        let most = set_windows(quic);
         let mut blocked = 0;
-        while blocked < self.turns.len() {
-            let Some(id) = self.turns.pop_front() else {
-                break;
-            };
-            let turn = self
-                .waiting
-                .get_mut(&id)
-                .map_or(Turn::Done, |writer| writer.flush(quic, id));
-            match turn {
-                Turn::Moved => {
-                    self.turns.push_back(id);
-                    blocked = 0;
-                }
-                Turn::Blocked => {
-                    self.turns.push_back(id);
-                    blocked += 1;
-                }
-                Turn::Done => {
-                    self.waiting.remove(&id);
-                }
+        while self.unsent < most && blocked < self.fresh.len() + self.turns.len() {
+            match self.take_turn(quic, TURN_BYTES) {
+                Some(Turn::Blocked) => blocked += 1,
+                Some(_) => blocked = 0,
+                None => break,
+            }
+        }
+    }
+
+    /// The next stream's turn; `None`: there is none.
+    fn take_turn(&mut self, quic: &mut Connection, most: usize) -> Option<Turn> {
+        let is_fresh = !self.fresh.is_empty();
+        let id = self.fresh.pop_front().or_else(|| self.turns.pop_front())?;
+        let (moved, turn) = self
+            .waiting
+            .get_mut(&id)
+            .map_or((0, Turn::Done), |writer| writer.flush(quic, id, most));
+        self.unsent += moved as u64;
+        let is_over = matches!(turn, Turn::Gone) || matches!(turn, Turn::Done) && !is_fresh;
+        if is_over || self.turns.is_empty() && matches!(turn, Turn::Done) {
+            self.waiting.remove(&id);
+        } else {
+            self.turns.push_back(id);
+        }
+        if !self.watched.is_empty() {
+            self.check_watched(id);
+        }
+        Some(turn)
+    }
+
+    /// quinn-proto made a transmit; so many bytes of it were of streams, headers and all. `lost` is
+    /// what the path has lost so far: it is sent again.
+    pub fn see_sent(&mut self, bytes: u64, lost: u64) {
+        // with headers for a sixteenth it is rather too little, and `probe` finds what is missing
+        self.unsent += lost.saturating_sub(self.lost);
+        self.unsent = self.unsent.saturating_sub(bytes - bytes / 16);
+        self.lost = lost;
+    }
+
+    /// quinn-proto has nothing to send, or may not. Give it a little if more waits: if that can be
+    /// sent (say so by `see_empty`), nothing was left there, and `unsent` has become wrong. Once
+    /// until `may_probe`: otherwise these would add up.
+    pub fn probe(&mut self, quic: &mut Connection) -> bool {
+        if self.has_probed || self.waiting.is_empty() {
+            return false;
+        }
+        let before = self.unsent;
+        for _ in 0..self.fresh.len() + self.turns.len() {
+            self.take_turn(quic, PROBE_BYTES);
+            if self.unsent > before {
+                self.has_probed = true;
+                return true;
+            }
+        }
+        false
+    }
+
+    /// As much as a probe was sent since the last one.
+    pub fn may_probe(&mut self) {
+        self.has_probed = false;
+    }
+
+    /// What was given by `probe` could be sent.
+    pub fn see_empty(&mut self) {
+        self.unsent = 0;
+    }
+
+    /// Put a stream into `take_writable` once less than `below` bytes of it wait.
+    pub fn watch(&mut self, id: StreamId, below: usize) {
+        self.watched.insert(id, below);
+        self.check_watched(id);
+    }
+
+    /// Watched streams that have little waiting; they are watched no more.
+    pub fn take_writable(&mut self) -> Vec<StreamId> {
+        std::mem::take(&mut self.writable)
+    }
+
+    fn check_watched(&mut self, id: StreamId) {
+        if let Some(&below) = self.watched.get(&id) {
+            if self.backlog_bytes(id) < below {
+                self.watched.remove(&id);
+                self.writable.push(id);
             }
         }
     }
@@ -156,7 +248,9 @@ impl StreamWriters {
 
     /// The stream was reset: forget what waits.
     pub fn forget(&mut self, id: StreamId) {
+        self.watched.remove(&id);
         if self.waiting.remove(&id).is_some() {
+            self.fresh.retain(|&each| each != id);
             self.turns.retain(|&each| each != id);
         }
     }
@@ -164,7 +258,9 @@ impl StreamWriters {
     /// The connection is gone.
     pub fn clear(&mut self) {
         self.waiting.clear();
+        self.fresh.clear();
         self.turns.clear();
+        self.watched.clear();
     }
 }
 
@@ -180,24 +276,26 @@ impl Writer {
         self.is_ended = is_ended;
     }
 
-    fn flush(&mut self, quic: &mut Connection, id: StreamId) -> Turn {
+    /// Hand on `most` bytes or less; how many it were.
+    fn flush(&mut self, quic: &mut Connection, id: StreamId, most: usize) -> (usize, Turn) {
         let mut moved = 0;
         while let Some(chunk) = self.chunks.front_mut() {
-            if moved >= TURN_BYTES {
-                return Turn::Moved;
+            if moved >= most {
+                return (moved, Turn::Moved);
             }
-            let piece = chunk.slice(..chunk.len().min(TURN_BYTES));
+            let piece = chunk.slice(..chunk.len().min(most - moved));
             let taken = match quic.send_stream(id).write_chunks(&mut [piece]) {
                 Ok(written) => written.bytes,
                 Err(quinn_proto::WriteError::Blocked) => 0,
-                Err(_) => return Turn::Done,
+                Err(_) => return (moved, Turn::Gone),
             };
             if taken == 0 {
-                return if moved > 0 {
+                let turn = if moved > 0 {
                     Turn::Moved
                 } else {
                     Turn::Blocked
                 };
+                return (moved, turn);
             }
             moved += taken;
             self.bytes -= taken;
@@ -208,21 +306,25 @@ impl Writer {
             }
         }
         if self.is_ended {
+            // an error means that the stream is gone, and its event is on the way
             let _ = quic.send_stream(id).finish();
+            return (moved, Turn::Gone);
         }
-        Turn::Done
+        (moved, Turn::Done)
     }
 }
 
 /// quinn-proto cannot be asked how much it holds unsent, so it is given little more than what may
-/// be on its way: the rest stays here, where the caller can see it.
-fn set_send_window(quic: &mut Connection) {
+/// be on its way: the rest stays here, where the caller can see it. Returns how much it may hold
+/// unsent.
+fn set_windows(quic: &mut Connection) -> u64 {
     let window = quic.congestion_state().window();
     quic.set_send_window(
         window
             .saturating_mul(SEND_WINDOW_FACTOR)
             .clamp(MIN_SEND_WINDOW_BYTES, MAX_SEND_WINDOW_BYTES),
     );
+    (window / 2).clamp(LEAST_UNSENT_BYTES, MOST_UNSENT_BYTES)
 }
 
 #[cfg(test)]
