@@ -4,14 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import signal
+from typing import cast
 
-from tests.control.stage import FakeProcess, Run, Stage, live_tunnel, saved_worker, settle, until
+from tests.control.stage import (
+    FakeAdmission,
+    FakeProcess,
+    Run,
+    Stage,
+    live_tunnel,
+    saved_worker,
+    settle,
+    until,
+)
+from toppy.config.rates import RatesSection
+from toppy.control.admission import Admission
 from toppy.control.generation import Worker
 from toppy.control.recheck import Recheck
 from toppy.control.tunnel_audit import TunnelAudit
 from toppy.model.counters import WorkerCounters
 from toppy.model.grant import Denial
-from toppy.wire.ipc_message import CloseTunnels, ListTunnels, TunnelPage
+from toppy.model.rate import DirectionLimits, Rate, TunnelLimits
+from toppy.wire.ipc_message import CloseTunnels, ListTunnels, SetLimits, TunnelChange, TunnelPage
 
 DENIED = Denial(403, "http_request_denied", "not any more", "no dns")
 
@@ -180,6 +193,106 @@ def test_who_asks_while_one_runs_gets_a_run_of_the_policy_that_holds_then(run: R
         third = asyncio.create_task(recheck.apply())
         await until(lambda: len(stage.sent(ListTunnels)) == 3)
         third.cancel()
+        await recheck.stop()
+
+    run(scenario)
+
+
+async def watching(stage: Stage) -> asyncio.Task[None]:
+    task = asyncio.create_task(rechecking(stage).watch())
+    await settle()
+    return task
+
+
+def test_tunnels_are_looked_at_when_the_time_of_a_rule_begins_or_ends(run: Run) -> None:
+    async def scenario(stage: Stage) -> None:
+        stage.admission.windows = (True, False)
+        watch = await watching(stage)
+        await stage.pass_time(60.0)
+        assert stage.sent(ListTunnels) == []
+        stage.admission.windows = (True, True)
+        stage.admission.denied = DENIED
+        await answer(stage, 0, 7)
+        await until(lambda: cut(stage))
+        assert cut(stage) == [(stage.peer(0), CloseTunnels(((7, 0),), DENIED))]
+        await stage.pass_time(60.0)
+        assert len(stage.sent(ListTunnels)) == 1
+        watch.cancel()
+
+    run(scenario)
+
+
+def test_a_change_within_a_second_of_a_new_policy_is_not_missed(run: Run) -> None:
+    async def scenario(stage: Stage) -> None:
+        stage.admission.windows = (True,)
+        watch = await watching(stage)
+        newer = FakeAdmission()
+        newer.windows = (True,)
+        stage.supervisor.admission = cast(Admission, newer)
+        await answer(stage, 0)
+        watch.cancel()
+
+    run(scenario)
+
+
+def test_a_new_policy_without_times_is_applied_by_who_brought_it(run: Run) -> None:
+    async def scenario(stage: Stage) -> None:
+        watch = await watching(stage)
+        stage.supervisor.admission = cast(Admission, FakeAdmission())
+        await stage.pass_time(10.0)
+        assert stage.sent(ListTunnels) == []
+        watch.cancel()
+
+    run(scenario)
+
+
+# rates
+
+
+def limit(stage: Stage, bytes_per_sec: int) -> None:
+    """The limits that hold from now on."""
+    rates = RatesSection.model_validate({"udp_bytes_per_sec": bytes_per_sec})
+    stage.supervisor.rates.configure(rates, (), 0)
+
+
+def test_live_tunnels_are_told_of_other_limits_once_and_of_the_rule_that_holds_now(
+    run: Run,
+) -> None:
+    async def scenario(stage: Stage) -> None:
+        recheck = rechecking(stage)
+        limit(stage, 1000)
+
+        async def apply() -> None:
+            applying = asyncio.create_task(recheck.apply())
+            await answer(stage, 0, 7)
+            assert await applying == []
+
+        await apply()  # nothing has changed since the worker was born
+        assert stage.sent(SetLimits) == []
+        limit(stage, 2000)
+        stage.admission.renamed = {"dns": "names"}
+        await apply()
+        await apply()
+        limits = TunnelLimits(DirectionLimits(bytes=Rate(2000, 2000)))
+        told = [said for _, said in stage.sent(SetLimits)]
+        assert told == [SetLimits((TunnelChange(7, 0, "names", limits),))]
+
+    run(scenario)
+
+
+def test_a_worker_that_did_not_hear_of_other_limits_is_pursued(run: Run) -> None:
+    async def scenario(stage: Stage) -> None:
+        recheck = rechecking(stage)
+        limit(stage, 1000)
+        limit(stage, 2000)
+        applying = asyncio.create_task(recheck.apply())
+        await until(lambda: stage.sent(ListTunnels))
+        stage.server.is_full = True
+        stage.say(TunnelPage(questions(stage)[0], (live_tunnel(7),), True))
+        assert await applying == ["s0"]
+        stage.server.is_full = False
+        await answer(stage, 0, 7)
+        await until(lambda: stage.sent(SetLimits))
         await recheck.stop()
 
     run(scenario)

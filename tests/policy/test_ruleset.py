@@ -1,9 +1,10 @@
-"""First match, default deny, special addresses only when named."""
+"""A deny wins, then the first that allows; default deny; special addresses only when named."""
 
 from __future__ import annotations
 
 import ipaddress
 import re
+from random import Random
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from toppy.model.target import Target
 from toppy.policy.address_guard import embedded_address, special
 from toppy.policy.ruleset import DEFAULT_RULE, Decision, Ruleset
 
+NOW = 1_700_000_000.0
 ALICE = Identity("alice", "jwt", {"team": "ops", "level": 3, "admin": True})
 
 
@@ -33,8 +35,9 @@ def decide(
     addresses: tuple[str, ...] = (),
     who: Identity = ALICE,
     own: frozenset[str] = frozenset(),
+    now: float = NOW,
 ) -> Decision:
-    return ruleset.decide(who, Target(host, port), addresses or (host,), own)
+    return ruleset.decide(who, Target(host, port), addresses or (host,), own, now=now)
 
 
 def is_special(text: str) -> bool:
@@ -52,14 +55,24 @@ class TestRules:
         assert decision.rule == DEFAULT_RULE
         assert f"{PUBLIC}:53 is not allowed" in decision.reason
 
-    def test_the_first_rule_that_matches_decides(self) -> None:
-        ruleset = rules(
+    @pytest.mark.parametrize("order", [1, -1])
+    def test_a_deny_wins_wherever_it_stands(self, order: int) -> None:
+        tables = [
             {"name": "not this", "action": "deny", "cidr": PUBLIC},
             {"name": "the rest", "cidr": "0.0.0.0/0"},
-        )
+        ]
+        ruleset = rules(*tables[::order])
         assert decide(ruleset, PUBLIC).rule == "not this"
         assert "'not this'" in decide(ruleset, PUBLIC).reason
         assert decide(ruleset, "93.184.215.15").rule == "the rest"
+
+    @pytest.mark.parametrize("action", ["allow", "deny"])
+    def test_the_first_of_several_that_match_is_the_one_that_is_named(self, action: str) -> None:
+        both = {"action": action, "cidr": "0.0.0.0/0"}
+        ruleset = rules(
+            {"action": action, "ports": [1]}, {"name": "first", **both}, {"name": "second", **both}
+        )
+        assert decide(ruleset, PUBLIC).rule == "first"
 
     @pytest.mark.parametrize(
         ("rule", "is_allowed"),
@@ -103,7 +116,7 @@ class TestRules:
     def test_host_patterns(self, pattern: str, host: str, is_allowed: bool) -> None:
         ruleset = rules({"host": pattern})
         assert decide(ruleset, host, addresses=(PUBLIC,)).is_allowed is is_allowed
-        assert ruleset.may_resolve(ALICE, Target(host, 53)).is_allowed is is_allowed
+        assert ruleset.may_resolve(ALICE, Target(host, 53), now=NOW).is_allowed is is_allowed
 
     def test_only_the_allowed_ones_of_several_addresses_are_granted_in_order(self) -> None:
         ruleset = rules({"cidr": ["93.184.0.0/16", "2606::/16"]})
@@ -114,12 +127,12 @@ class TestRules:
 
     def test_a_name_that_no_rule_could_allow_is_not_resolved(self) -> None:
         ruleset = rules({"host": "*.corp.example"}, {"ports": [443]})
-        assert not ruleset.may_resolve(ALICE, Target("db.other.example", 53)).is_allowed
-        assert ruleset.may_resolve(ALICE, Target("db.other.example", 443)).is_allowed
+        assert not ruleset.may_resolve(ALICE, Target("db.other.example", 53), now=NOW).is_allowed
+        assert ruleset.may_resolve(ALICE, Target("db.other.example", 443), now=NOW).is_allowed
 
     def test_a_deny_of_a_name_stands_before_resolution(self) -> None:
-        ruleset = rules({"name": "no", "action": "deny", "host": "bad.example"}, {"host": "*"})
-        decision = ruleset.may_resolve(ALICE, Target("bad.example", 53))
+        ruleset = rules({"host": "*"}, {"name": "no", "action": "deny", "host": "bad.example"})
+        decision = ruleset.may_resolve(ALICE, Target("bad.example", 53), now=NOW)
         assert not decision.is_allowed
         assert decision.rule == "no"
 
@@ -262,7 +275,7 @@ class TestSpecialAddresses:
 class TestNames:
     @pytest.mark.parametrize("host", ["8.8.8.8", "2001:db8::8.8"])
     def test_a_pattern_of_names_matches_no_address(self, host: str) -> None:
-        assert not rules({"host": "*.8.8"}).may_resolve(ALICE, Target(host, 53)).is_allowed
+        assert not rules({"host": "*.8.8"}).may_resolve(ALICE, Target(host, 53), now=NOW).is_allowed
 
     @pytest.mark.parametrize(
         ("tables", "is_allowed"),
@@ -273,6 +286,8 @@ class TestNames:
             ([{"cidr": "10.0.0.0/8"}], None),
             ([{"cidr": "10.0.0.0/8"}, {"host": "db.example"}], True),
             ([{"action": "deny", "cidr": "10.0.0.0/8"}, {"host": "db.example"}], None),
+            ([{"host": "db.example"}, {"action": "deny", "cidr": "10.0.0.0/8"}], None),
+            ([{"cidr": "10.0.0.0/8"}, {"action": "deny", "host": "db.example"}], False),
             ([{"action": "deny", "cidr": "10.0.0.0/8"}], False),
             ([{"action": "deny", "host": "*"}, {"cidr": "10.0.0.0/8"}], False),
             ([{"host": "db.example", "cidr": "10.0.0.0/8"}], None),
@@ -282,14 +297,16 @@ class TestNames:
     def test_a_client_decides_by_name_what_no_address_can_change(
         self, tables: list[dict[str, Any]], is_allowed: bool | None
     ) -> None:
-        decision = rules(*tables, guards_special=False).decide_name(ALICE, Target("db.example", 53))
+        decision = rules(*tables, guards_special=False).decide_name(
+            ALICE, Target("db.example", 53), now=NOW
+        )
         assert (decision.is_allowed if decision is not None else None) is is_allowed
 
     def test_a_gateway_never_allows_by_name_alone(self) -> None:
-        assert rules({"host": "*"}).decide_name(ALICE, Target("db.example", 53)) is None
+        assert rules({"host": "*"}).decide_name(ALICE, Target("db.example", 53), now=NOW) is None
 
     def test_a_name_without_an_address_is_denied(self) -> None:
-        decision = rules({}).decide(ALICE, Target("db.example", 53), ())
+        decision = rules({}).decide(ALICE, Target("db.example", 53), (), now=NOW)
         assert not decision.is_allowed
         assert "db.example:53 is not allowed: it has no address" in decision.reason
 
@@ -301,9 +318,47 @@ class TestNames:
         assert "db.example:53 is not allowed" in decision.reason
 
 
+class TestExplanations:
+    @pytest.mark.parametrize(
+        ("rule", "reason"),
+        [
+            ({"protocol": "tcp"}, "protocol: udp is not tcp"),
+            ({"ports": [1, "60-70"]}, "ports: 53 is not any of 1, 60-70"),
+            ({"host": "db.example"}, f"host: {PUBLIC} is not db.example"),
+            ({"subjects": "bob"}, "subjects: 'alice' is not bob"),
+            ({"roles": "dba"}, "roles: has no role, needs dba"),
+            ({"claims": {"team": "net"}}, "claims: team is 'ops', not 'net'"),
+            ({"claims": {"x": [1, 2]}}, "claims: there is no claim x"),
+            ({"cidr": "10.0.0.0/8"}, f"cidr: {PUBLIC} not in 10.0.0.0/8"),
+        ],
+    )
+    def test_each_criterion_says_why_it_does_not_match(
+        self, rule: dict[str, Any], reason: str
+    ) -> None:
+        (finding,) = rules(rule).explain(ALICE, Target(PUBLIC, 53), [PUBLIC], now=NOW)
+        assert (finding.matches, finding.reasons) == (False, (reason,))
+
+    def test_every_criterion_is_told(self) -> None:
+        rule = {"protocol": "tcp", "ports": [1], "subjects": "bob", "cidr": "10.0.0.0/8"}
+        (finding,) = rules(rule).explain(ALICE, Target(PUBLIC, 53), [PUBLIC], now=NOW)
+        keys = [reason.partition(":")[0] for reason in finding.reasons]
+        assert keys == ["protocol", "ports", "subjects", "cidr"]
+
+    def test_a_rule_that_matches_and_does_not_open_a_special_address_says_so(self) -> None:
+        (finding,) = rules({}).explain(ALICE, Target("10.0.0.1", 53), ["10.0.0.1"], now=NOW)
+        assert finding.matches
+        assert "10.0.0.1 is special (private)" in finding.reasons[0]
+
+    def test_without_an_address_a_network_is_left_out_and_that_is_said(self) -> None:
+        ruleset = rules({"cidr": "10.0.0.0/8"})
+        (finding,) = ruleset.explain(ALICE, Target("db.example", 53), (), now=NOW)
+        assert finding.matches
+        assert "not compared" in finding.reasons[0]
+
+
 class TestSubjects:
     @given(
-        st.text("ab*", max_size=8),
+        st.text("ab*", min_size=1, max_size=8),
         st.text("ab", max_size=10),
     )
     def test_a_pattern_matches_like_the_regular_expression(self, pattern: str, text: str) -> None:
@@ -357,7 +412,7 @@ class TestProperties:
     def test_only_given_addresses_are_allowed_and_their_order_is_kept(
         self, given_rules: list[dict[str, Any]], host: str, addresses: list[str]
     ) -> None:
-        decision = rules(*given_rules).decide(ALICE, Target(host, 53), addresses)
+        decision = rules(*given_rules).decide(ALICE, Target(host, 53), addresses, now=NOW)
         assert decision.is_allowed is bool(decision.addresses)
         rest = iter(addresses)
         assert all(address in rest for address in decision.addresses)
@@ -373,8 +428,8 @@ class TestProperties:
     ) -> None:
         for guards in (True, False):
             ruleset = rules(*given_rules, guards_special=guards)
-            if not ruleset.may_resolve(ALICE, Target(host, 53)).is_allowed:
-                assert not ruleset.decide(ALICE, Target(host, 53), addresses).is_allowed
+            if not ruleset.may_resolve(ALICE, Target(host, 53), now=NOW).is_allowed:
+                assert not ruleset.decide(ALICE, Target(host, 53), addresses, now=NOW).is_allowed
 
     @given(rule_lists, hosts, answers.filter(bool))
     def test_a_decision_by_name_is_the_decision_for_every_address(
@@ -382,26 +437,75 @@ class TestProperties:
     ) -> None:
         for guards in (True, False):
             ruleset = rules(*given_rules, guards_special=guards)
-            by_name = ruleset.decide_name(ALICE, Target(host, 53))
+            by_name = ruleset.decide_name(ALICE, Target(host, 53), now=NOW)
             if by_name is not None:
-                decision = ruleset.decide(ALICE, Target(host, 53), addresses)
+                decision = ruleset.decide(ALICE, Target(host, 53), addresses, now=NOW)
                 assert decision.is_allowed is by_name.is_allowed
                 assert len(decision.addresses) == (len(addresses) if by_name.is_allowed else 0)
 
     @given(rule_lists, hosts, answers)
-    def test_a_deny_of_everything_in_front_leaves_nothing(
+    def test_a_deny_of_everything_leaves_nothing_wherever_it_stands(
         self, given_rules: list[dict[str, Any]], host: str, addresses: list[str]
     ) -> None:
-        ruleset = rules({"action": "deny"}, *given_rules)
-        assert not ruleset.decide(ALICE, Target(host, 53), addresses).is_allowed
+        for tables in ([{"action": "deny"}, *given_rules], [*given_rules, {"action": "deny"}]):
+            decision = rules(*tables).decide(ALICE, Target(host, 53), addresses, now=NOW)
+            assert not decision.is_allowed
+
+    @given(rule_lists, hosts, answers, st.randoms(use_true_random=False))
+    def test_the_order_of_rules_changes_the_name_and_nothing_else(
+        self,
+        given_rules: list[dict[str, Any]],
+        host: str,
+        addresses: list[str],
+        random: Random,
+    ) -> None:
+        shuffled = given_rules.copy()
+        random.shuffle(shuffled)
+        first, second = (
+            rules(*tables).decide(ALICE, Target(host, 53), addresses, now=NOW)
+            for tables in (given_rules, shuffled)
+        )
+        assert first.addresses == second.addresses
+        assert first.category == second.category
+
+    @given(rule_lists, tables, hosts, answers)
+    def test_one_more_deny_never_allows_more(
+        self,
+        given_rules: list[dict[str, Any]],
+        table: dict[str, Any],
+        host: str,
+        addresses: list[str],
+    ) -> None:
+        more = rules(*given_rules, {**table, "action": "deny"})
+        fewer = rules(*given_rules)
+        assert set(more.decide(ALICE, Target(host, 53), addresses, now=NOW).addresses) <= set(
+            fewer.decide(ALICE, Target(host, 53), addresses, now=NOW).addresses
+        )
+
+    @given(rule_lists, hosts, answers.filter(bool))
+    def test_the_explanation_and_the_decision_agree(
+        self, given_rules: list[dict[str, Any]], host: str, addresses: list[str]
+    ) -> None:
+        ruleset = rules(*given_rules)
+        for address in addresses:
+            decision = ruleset.decide(ALICE, Target(host, 53), [address], now=NOW)
+            findings = ruleset.explain(ALICE, Target(host, 53), [address], now=NOW)
+            deciding = [
+                each.name
+                for action in ("deny", "allow")
+                for each in findings
+                if each.matches and each.action == action and (action == "deny" or not each.reasons)
+            ]
+            assert decision.rule == (deciding[0] if deciding else DEFAULT_RULE)
+            assert all(each.reasons for each in findings if not each.matches)
 
     @given(rule_lists, hosts, answers)
     def test_guarding_special_addresses_never_allows_more(
         self, given_rules: list[dict[str, Any]], host: str, addresses: list[str]
     ) -> None:
-        guarded = rules(*given_rules).decide(ALICE, Target(host, 53), addresses)
+        guarded = rules(*given_rules).decide(ALICE, Target(host, 53), addresses, now=NOW)
         trusting = rules(*given_rules, guards_special=False).decide(
-            ALICE, Target(host, 53), addresses
+            ALICE, Target(host, 53), addresses, now=NOW
         )
         assert set(guarded.addresses) <= set(trusting.addresses)
 
@@ -409,7 +513,7 @@ class TestProperties:
     def test_a_special_address_is_allowed_only_by_a_network_inside_its_range(
         self, given_rules: list[dict[str, Any]], host: str, addresses: list[str]
     ) -> None:
-        allowed = rules(*given_rules).decide(ALICE, Target(host, 53), addresses).addresses
+        allowed = rules(*given_rules).decide(ALICE, Target(host, 53), addresses, now=NOW).addresses
         written = [
             ipaddress.ip_network(text)
             for rule in given_rules

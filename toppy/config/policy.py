@@ -4,9 +4,19 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    field_validator,
+    model_validator,
+)
+
+from toppy.config.policy_time import When
+from toppy.config.rates import RuleLimits
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 PortRange = tuple[int, int]
@@ -80,6 +90,39 @@ def _parse_claims(value: Any) -> Any:
     return claims
 
 
+def _texts(value: Any) -> Any:
+    texts = _items(value)
+    if not all(isinstance(text, str) and text for text in texts):
+        raise ValueError("must be a text or a list of texts, none of them empty")
+    return tuple(texts)
+
+
+Texts = Annotated[tuple[str, ...], BeforeValidator(_texts)]
+Claims = Annotated[dict[str, tuple[Scalar, ...]], BeforeValidator(_parse_claims)]
+
+
+class PolicyRole(BaseModel):
+    """Gives a role to whom every criterion matches that is given."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    role: str = Field(description="The role, as `roles` of rules names it.", min_length=1)
+    subjects: Texts = Field(
+        (), description="The JWT's `sub`, with `*` for anything; `token` is the static token."
+    )
+    groups: Texts = Field((), description="Any of these in the JWT's claim `groups`.")
+    claims: Claims = Field(
+        default_factory=dict,
+        description="JWT claims and the values allowed: `{ team = ['ops', 'net'] }`.",
+    )
+
+    @model_validator(mode="after")
+    def _says_who(self) -> PolicyRole:
+        if not (self.subjects or self.groups or self.claims):
+            raise ValueError("needs subjects, groups or claims; subjects = '*' means everybody")
+        return self
+
+
 class PolicyRule(BaseModel):
     """One rule. Every criterion that is given must match; what is left out matches everything."""
 
@@ -105,15 +148,42 @@ class PolicyRule(BaseModel):
     protocol: Annotated[tuple[Literal["udp", "tcp"], ...], BeforeValidator(_as_list)] = Field(
         (), description="`udp`, `tcp` or both."
     )
-    subjects: Annotated[tuple[str, ...], BeforeValidator(_as_list)] = Field(
+    subjects: Texts = Field(
         (), description="Who: the JWT's `sub`, with `*` for anything; `token` is the static token."
     )
-    roles: Annotated[tuple[str, ...], BeforeValidator(_as_list)] = Field(
-        (), description="Who: any of these roles, as `[[auth.oidc.roles]]` of the gateway gives."
+    roles: Texts = Field(
+        (),
+        description=(
+            "Who: any of these roles, as `[[policy.roles]]` gives them, or at the gateway "
+            "`[[auth.oidc.roles]]`."
+        ),
     )
-    claims: Annotated[dict[str, tuple[Scalar, ...]], BeforeValidator(_parse_claims)] = Field(
+    groups: Texts = Field((), description="Who: any of these in the JWT's claim `groups`.")
+    claims: Claims = Field(
         default_factory=dict,
-        description="JWT claims and the values allowed: `{ team = ['ops', 'net'] }`.",
+        description="Who: JWT claims and the values allowed: `{ team = ['ops', 'net'] }`.",
+    )
+    when: When | None = Field(
+        None,
+        description=(
+            "Only at these times, a table: `{ days = 'mon-fri', hours = '08:00-18:00', zone = "
+            "'Europe/Berlin' }`; see below."
+        ),
+    )
+    limits: RuleLimits | None = Field(
+        None,
+        description=(
+            "How much may go through, a table: `{ bytes_per_sec = 1_000_000, tunnels = 100 }`; "
+            "see below. For `allow` rules of the gateway."
+        ),
+    )
+
+    proxy_protocol: Literal["v2"] | None = Field(
+        None,
+        description=(
+            "`v2`: TCP targets are told the client's address in a PROXY protocol header before "
+            "anything else; they must expect it. For `allow` rules of the gateway."
+        ),
     )
 
     @field_validator("name")
@@ -123,17 +193,50 @@ class PolicyRule(BaseModel):
             raise ValueError("must be one line of printable characters")
         return value
 
-    @field_validator("cidr", "host", "ports", "protocol", "subjects", "roles")
+    @field_validator("cidr", "host", "ports", "protocol", "subjects", "roles", "groups")
     @classmethod
     def _not_empty(cls, value: tuple[Any, ...]) -> tuple[Any, ...]:
         if not value:
             raise ValueError("must not be an empty list, which would match nothing")
         return value
 
+    @model_validator(mode="after")
+    def _limits_what_it_allows(self) -> PolicyRule:
+        if self.limits is not None and self.action == "deny":
+            raise ValueError("limits: a deny rule lets nothing through; leave the key out")
+        return self
 
-def name_rules(rules: tuple[PolicyRule, ...]) -> tuple[PolicyRule, ...]:
-    """The rules, each with a name: ``rule N``, counted from 1, where none was given."""
-    return tuple(
-        rule if rule.name else rule.model_copy(update={"name": f"rule {number}"})
+    @model_validator(mode="after")
+    def _tells_tcp_targets(self) -> PolicyRule:
+        if self.proxy_protocol is None:
+            return self
+        if self.action == "deny":
+            raise ValueError("proxy_protocol: a deny rule lets nothing through; leave the key out")
+        if self.protocol and "tcp" not in self.protocol:
+            raise ValueError("proxy_protocol: is for TCP, which this rule's protocol leaves out")
+        return self
+
+    @property
+    def names_people(self) -> bool:
+        """Whether it depends on who asks."""
+        return bool(self.subjects or self.roles or self.groups or self.claims)
+
+
+Rule = TypeVar("Rule", bound=PolicyRule)
+
+
+def name_rules(rules: tuple[Rule, ...], word: str = "rule") -> tuple[Rule, ...]:
+    """The rules, each with a name: ``word N``, counted from 1, where none was given.
+
+    Raises ``ValueError`` where two have the same: answers and the audit log name rules.
+    """
+    named = tuple(
+        rule if rule.name else rule.model_copy(update={"name": f"{word} {number}"})
         for number, rule in enumerate(rules, 1)
     )
+    seen: set[str] = set()
+    for rule in named:
+        if rule.name in seen:
+            raise ValueError(f"two rules are called {rule.name!r}; give each a name of its own")
+        seen.add(rule.name)
+    return named

@@ -8,20 +8,25 @@ from __future__ import annotations
 
 import asyncio
 import time
+from weakref import WeakKeyDictionary
 
 from toppy.control import operators
+from toppy.control.admission import Admission
 from toppy.control.generation import Worker
 from toppy.control.live_lists import Listed
+from toppy.control.rates import FIRST_REVISION
 from toppy.control.supervisor import Supervisor
 from toppy.control.tunnel_audit import TunnelAudit
 from toppy.observe.log import get_logger
-from toppy.wire.ipc_message import LiveTunnel
+from toppy.wire.ipc_message import LiveTunnel, SetLimits, TunnelChange, pages
 
 _PAUSE_S = 0.5
 _PATIENCE_S = 30.0
 """A worker that says nothing at all is replaced after 10 s; one that reports and does not answer,
 after this."""
 _TUNNELS_AT_ONCE = 100
+_WATCH_INTERVAL_S = 0.5
+"""Rules' times are looked at so often, not slept for: clocks are set, and hosts suspended."""
 
 _log = get_logger("control")
 
@@ -35,6 +40,8 @@ class Recheck:
         self._running: asyncio.Task[list[str]] | None = None
         self._next: asyncio.Task[list[str]] | None = None
         self._pursuits: dict[Worker, asyncio.Task[None]] = {}
+        self._rates_told: WeakKeyDictionary[Worker, int] = WeakKeyDictionary()
+        """Which revision of the rates a worker's live tunnels are held to."""
 
     async def apply(self) -> list[str]:
         """Cut what is denied. The names of workers that have not answered; they are asked on."""
@@ -45,6 +52,18 @@ class Recheck:
         else:
             run = self._running = asyncio.create_task(self._run())
         return await asyncio.shield(run)
+
+    async def watch(self) -> None:
+        """Until cancelled: apply the policy whenever a rule's time begins or ends."""
+        before: tuple[Admission, tuple[bool, ...]] | None = None
+        while True:
+            admission = self._supervisor.admission
+            now = admission, admission.open_windows()
+            # also with another policy: its times may have changed since it was applied
+            if before is not None and now != before and now[1]:
+                await self.apply()
+            before = now
+            await asyncio.sleep(_WATCH_INTERVAL_S)
 
     async def stop(self) -> None:
         """The gateway stops, or leaves its workers to another control plane."""
@@ -73,6 +92,8 @@ class Recheck:
         """Workers that will not hear of it."""
         supervisor = self._supervisor
         deaf = set()
+        revision = supervisor.rates.revision
+        limited: dict[Worker, list[TunnelChange]] = {}
         for index, (worker, tunnel) in enumerate(listed.found):
             denial = supervisor.admission.recheck(tunnel)
             if denial is not None:
@@ -86,9 +107,27 @@ class Recheck:
                 self._audit.revoked(worker, tunnel, denial)
                 if not supervisor.close_tunnels(worker, [tunnel], denial):
                     deaf.add(worker)
+            elif revision > self._rates_told.get(worker, _told_at_birth(worker)):
+                limited.setdefault(worker, []).append(self._change(worker, tunnel))
             if index % _TUNNELS_AT_ONCE == _TUNNELS_AT_ONCE - 1:
                 await asyncio.sleep(0)
+        for worker, changes in limited.items():
+            if not all(supervisor.tell(worker, SetLimits(page)) for page, _ in pages(changes)):
+                deaf.add(worker)
+        for worker in {worker for worker, _ in listed.found} - deaf - set(listed.silent):
+            self._rates_told[worker] = revision
         return deaf
+
+    def _change(self, worker: Worker, tunnel: LiveTunnel) -> TunnelChange:
+        """What a live tunnel is held to from now on."""
+        supervisor = self._supervisor
+        rule = supervisor.admission.rule_of(tunnel)
+        return TunnelChange(
+            tunnel.connection,
+            tunnel.quarter_stream_id,
+            rule,
+            supervisor.rates.limits_of(worker, tunnel.subject, rule, tunnel.protocol, time.time()),
+        )
 
     async def _pursue(self, worker: Worker) -> None:
         supervisor = self._supervisor
@@ -106,3 +145,8 @@ class Recheck:
             _log.info("worker has confirmed the policy, or has ended", slot=worker.slot)
         finally:
             del self._pursuits[worker]
+
+
+def _told_at_birth(worker: Worker) -> int:
+    """The earliest revision of its grants; of a worker that was taken over nothing is known."""
+    return FIRST_REVISION if worker.line is None else 0
