@@ -15,6 +15,7 @@ from toppy.client.session import GatewaySession
 from toppy.client.tunnel import Refusal
 from toppy.client.udp_forward import REFUSED_PAUSE_S, UdpForward
 from toppy.model.drop_reason import DropReason
+from toppy.model.rate import UNLIMITED, Rate
 from toppy.net.udp_socket import BUSY_S, SendResult, UdpSocket
 from toppy.protocol.udp_tunnel import Buffer, encode_datagram_capsules
 from toppy.quic.endpoint import BodyReceived
@@ -65,7 +66,14 @@ class Session:
 class Forwarding:
     """A world with a local port in front of its tunnels."""
 
-    def __init__(self, *, max_peers: int = 8, streams: int = 10, is_connected: bool = True) -> None:
+    def __init__(
+        self,
+        *,
+        max_peers: int = 8,
+        streams: int = 10,
+        is_connected: bool = True,
+        rate: Rate = UNLIMITED,
+    ) -> None:
         self.world = World(streams=streams)
         if is_connected:
             self.world.connect()
@@ -78,6 +86,7 @@ class Forwarding:
             TARGET,
             max_peers=max_peers,
             idle_timeout_s=IDLE_S,
+            rate=rate,
             on_refused=self.refusals.append,
             clock=lambda: self.world.now,
         )
@@ -355,3 +364,22 @@ def test_a_peer_that_only_listens_does_not_shield_a_silent_one(forwarding: Forwa
     forwarding.forward.reap()
     forwarding.world.run()
     assert forwarding.forward.peers == 1
+
+
+# rates
+
+
+def test_what_a_peer_sends_over_its_rate_is_dropped_and_counted() -> None:
+    forwarding = Forwarding(rate=Rate(10, 105))
+    alice = forwarding.open(ALICE)  # says b"hello"
+    forwarding.says(ALICE, b"x" * 150, 50)
+    assert forwarding.forward.drops == {DropReason.RATE_LIMITED: 1}
+    counters = forwarding.forward.counters
+    assert (counters.from_peers, counters.from_peers_bytes) == (3, 105)
+    # another peer has a rate of its own, and answers have too
+    forwarding.open(BOB)
+    forwarding.says(BOB, b"y" * 100)
+    assert counters.from_peers_bytes == 210
+    forwarding.reply(alice, b"z" * 120, 60)
+    assert forwarding.local.sent == [(ALICE, b"z" * 60)]
+    assert forwarding.forward.drops == {DropReason.RATE_LIMITED: 2}

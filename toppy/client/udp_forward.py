@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from toppy.client.session import GatewaySession
 from toppy.client.tunnel import ClientTunnel, Refusal
 from toppy.model.drop_reason import DropReason
+from toppy.model.rate import UNLIMITED, DirectionLimits, Rate
 from toppy.model.target import Target
 from toppy.net.udp_socket import BUSY_S, SendResult, UdpSocket
+from toppy.policy.meter import Lane, Meter, single_meter
 from toppy.protocol.udp_tunnel import Buffer, count_payloads
 from toppy.quic.engine import Address
 
@@ -39,11 +41,12 @@ class ForwardCounters:
 class _Peer:
     """A local program's source address, and its tunnel."""
 
-    __slots__ = ("address", "last_active", "not_before", "tunnel")
+    __slots__ = ("address", "last_active", "meter", "not_before", "tunnel")
 
-    def __init__(self, address: Address, now: float) -> None:
+    def __init__(self, address: Address, now: float, meter: Meter | None) -> None:
         self.address = address
         self.last_active = now
+        self.meter = meter
         self.not_before = now
         """When the gateway may be asked for a tunnel again."""
         self.tunnel: ClientTunnel | None = None
@@ -60,9 +63,11 @@ class UdpForward:
         *,
         max_peers: int,
         idle_timeout_s: float,
+        rate: Rate = UNLIMITED,
         on_refused: Callable[[Refusal], None] = lambda _: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """``rate`` is each local peer's, in each direction; what is over it is dropped."""
         self._clock = clock
         self._session = session
         self._tunnels = session.tunnels
@@ -70,6 +75,7 @@ class UdpForward:
         self._target = target
         self._max_peers = max_peers
         self._idle_timeout_s = idle_timeout_s
+        self._limits = DirectionLimits(bytes=rate)
         self._on_refused = on_refused
         # least recently active first, so that reaping looks at few
         self._peers: OrderedDict[Address, _Peer] = OrderedDict()
@@ -131,7 +137,7 @@ class UdpForward:
             if len(self._peers) >= self._max_peers:
                 self._drop(DropReason.TOO_MANY_PEERS, count)
                 return
-            peer = _Peer(source, now)
+            peer = _Peer(source, now, single_meter(self._limits, now))
             self._peers[source] = peer
             self.counters.peers_total += 1
         else:
@@ -142,6 +148,11 @@ class UdpForward:
                 self._drop(DropReason.TUNNEL_REFUSED, count)
                 return
             self._open(peer, now)
+        if peer.meter is not None and peer.meter.to_target is not None:
+            lane = peer.meter.to_target
+            count, payloads = self._charge(lane, payloads, segment_size, now)
+            if not count:
+                return
         assert peer.tunnel is not None
         self.counters.from_peers += count
         self.counters.from_peers_bytes += len(payloads)
@@ -164,9 +175,15 @@ class UdpForward:
         self._tunnels.add(peer.tunnel)
 
     def _deliver(self, peer: _Peer, payloads: Buffer, segment_size: int) -> None:
-        peer.last_active = self._clock()
+        now = peer.last_active = self._clock()
         self._peers.move_to_end(peer.address)
-        count, size = count_payloads(len(payloads), segment_size), len(payloads)
+        count = count_payloads(len(payloads), segment_size)
+        if peer.meter is not None and peer.meter.to_client is not None:
+            lane = peer.meter.to_client
+            count, payloads = self._charge(lane, payloads, segment_size, now)
+            if not count:
+                return
+        size = len(payloads)
         if self._local.send(payloads, segment_size, peer.address) is not SendResult.SENT:
             size = self._local.sent_bytes
             sent = size // segment_size if segment_size else 0
@@ -174,6 +191,17 @@ class UdpForward:
             count = sent
         self.counters.to_peers += count
         self.counters.to_peers_bytes += size
+
+    def _charge(
+        self, lane: Lane, payloads: Buffer, segment_size: int, now: float
+    ) -> tuple[int, Buffer]:
+        """How many datagrams of a stretch may go, and these; the others are dropped."""
+        count = count_payloads(len(payloads), segment_size)
+        granted = lane.take_datagrams(len(payloads), segment_size, now)
+        if granted == count:
+            return count, payloads
+        self._drop(DropReason.RATE_LIMITED, count - granted)
+        return granted, memoryview(payloads)[: granted * segment_size]
 
     def _drop(self, reason: DropReason, count: int) -> None:
         self.drops[reason] = self.drops.get(reason, 0) + count

@@ -12,7 +12,7 @@ GRANTED = "granted"
 
 @dataclass(slots=True)
 class WorkerCounters:
-    """Counts since the worker's start; the two ``…_open`` fields are how many there are now.
+    """Counts since the worker's start; the ``…_open`` fields are how many there are now.
 
     Mutable, because the hot path adds to it. A snapshot is a copy: ``WorkerCounters() + counters``.
     """
@@ -36,6 +36,16 @@ class WorkerCounters:
     """Payload bytes, without any header; likewise ``bytes_to_client``."""
     datagrams_to_client: int = 0
     bytes_to_client: int = 0
+    tcp_tunnels_open: int = 0
+    """Those among ``tunnels_open``; likewise the next one."""
+    tcp_tunnels_total: int = 0
+    tcp_bytes_to_target: int = 0
+    """Payload bytes of TCP tunnels, which are not among the bytes of datagrams."""
+    tcp_bytes_to_client: int = 0
+    protocol_errors: int = 0
+    """Tunnels that ended because their client broke the protocol on the stream."""
+    capsules_skipped: int = 0
+    """Capsules of unknown types on TCP tunnels."""
     capsules_received: int = 0
     """Payloads that came in DATAGRAM capsules; they are among the datagrams too."""
     capsules_sent: int = 0

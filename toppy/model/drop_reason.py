@@ -32,6 +32,10 @@ class DropReason(StrEnum):
     """The target answered with an ICMP error, or the send failed."""
     TOO_LARGE_FOR_TARGET = "too_large_for_target"
     """Larger than a UDP datagram to the target may be (EMSGSIZE)."""
+    RATE_LIMITED = "rate_limited"
+    """Over a rate of the tunnel, its subject or its rule; at the client, of the local peer."""
+    QUOTA_USED_UP = "quota_used_up"
+    """The subject has used what its rule allows for the period; its tunnels are about to end."""
     NO_CONNECTION = "no_connection"
     """Client: no connection to the gateway, or on the move to a new one, and the waiting queue was
     full."""

@@ -12,13 +12,15 @@ ClaimValue = str | int | float | bool
 class Identity:
     """An authenticated client.
 
-    ``subject`` is the JWT's ``sub``; ``token`` for the static token, ``anonymous`` without
-    authentication. ``claims`` has the scalar claims of the JWT.
+    ``subject`` is the JWT's ``sub``; ``token`` for the static token, ``cert:NAME`` for a client
+    certificate, ``anonymous`` without authentication. ``claims`` has the scalar claims of the JWT.
     """
 
     subject: str
     method: str
-    """``static``, ``jwt``, ``oidc`` or ``none``."""
+    """``static``, ``jwt``, ``oidc``, ``certificate`` or ``none``."""
     claims: Mapping[str, ClaimValue] = field(default_factory=dict)
     roles: tuple[str, ...] = ()
     """Given by the configuration (``[[auth.oidc.roles]]``), never by a client."""
+    groups: tuple[str, ...] = ()
+    """What the JWT's issuer says in the claim ``groups``."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from toppy.model.counters import WorkerCounters
 from toppy.model.drop_reason import DropReason
+from toppy.model.grant import Grant
 from toppy.net.udp_socket import SendResult
+from toppy.policy.meter import Lane
 from toppy.protocol.udp_tunnel import (
     Buffer,
     UdpTunnel,
@@ -12,8 +14,11 @@ from toppy.protocol.udp_tunnel import (
     encode_datagram_capsules,
 )
 from toppy.quic.endpoint import BodyReceived, Endpoint
-from toppy.wire.capsule import MOST_BARRIERS, encode_barrier
-from toppy.worker.tunnel import Peer, RouterLimits, Tunnel
+from toppy.quic.h3 import Headers
+from toppy.wire.capsule import BARRIER_FIELD, MOST_BARRIERS, RENEWAL_FIELD, encode_barrier
+from toppy.wire.ipc_message import AdmissionRequest
+from toppy.wire.tunnel_request import TunnelKind
+from toppy.worker.tunnel import Peer, RouterLimits, RouterShell, TargetSocket, Tunnel
 
 _EARLY_STREAMS = 16
 """Of how many requests that are still on their way one connection's datagrams are held."""
@@ -26,6 +31,94 @@ _DROP_REASON = {
 }
 
 
+class UdpFlow(Tunnel):
+    """A UDP tunnel."""
+
+    __slots__ = (
+        "barriers_answered",
+        "capsules_only",
+        "overflow",
+        "protocol",
+        "relay",
+        "target",
+    )
+
+    def __init__(
+        self,
+        relay: UdpRelay,
+        connection: int,
+        stream_id: int,
+        protocol: UdpTunnel,
+        request: AdmissionRequest,
+        *,
+        now: float,
+    ) -> None:
+        super().__init__(connection, stream_id, request, now=now)
+        self.relay = relay
+        self.protocol = protocol
+        self.target: TargetSocket | None = None
+        self.capsules_only = False
+        self.overflow = 0
+        self.barriers_answered = 0
+
+    @property
+    def kind(self) -> TunnelKind:
+        """See ``Tunnel``."""
+        return TunnelKind.UDP
+
+    @property
+    def address(self) -> str:
+        """See ``Tunnel``."""
+        return self.target.address if self.target is not None else ""
+
+    @property
+    def has_capsules(self) -> bool:
+        """See ``Tunnel``."""
+        return True
+
+    @property
+    def offers(self) -> Headers:
+        """See ``Tunnel``."""
+        return (BARRIER_FIELD, RENEWAL_FIELD)
+
+    def idle_timeout_s(self, limits: RouterLimits) -> float:
+        """See ``Tunnel``."""
+        return limits.tunnel_idle_timeout_s
+
+    def take_authorization(self) -> str | None:
+        """See ``Tunnel``."""
+        authorization, self.protocol.authorization = self.protocol.authorization, None
+        return authorization
+
+    def connect(self, grant: Grant, now: float) -> bool:
+        """See ``Tunnel``."""
+        self.relay.connect(self, grant)
+        return True
+
+    def begin(self, now: float) -> None:
+        """See ``Tunnel``."""
+        self.relay.begin(self, now)
+
+    def receive_body(self, event: BodyReceived, now: float) -> bool:
+        """See ``Tunnel``."""
+        self.relay.receive_body(self, event, now)
+        return event.ended
+
+    def discard_held(self) -> None:
+        """See ``Tunnel``."""
+        self.relay.discard_held(self)
+
+    def count_losses(self) -> None:
+        """See ``Tunnel``."""
+        self.relay.count_overflow(self)
+
+    def release(self) -> None:
+        """See ``Tunnel``."""
+        if self.target is not None:
+            self.relay.count_overflow(self)
+            self.target.close()
+
+
 class UdpRelay:
     """Moves payloads of tunnels that the router keeps; counts what goes through and what is lost.
 
@@ -35,32 +128,44 @@ class UdpRelay:
     def __init__(
         self,
         endpoint: Endpoint,
+        shell: RouterShell,
         limits: RouterLimits,
         counters: WorkerCounters,
+        *,
         tunnels: dict[tuple[int, int], Tunnel],
         peers: dict[int, Peer],
     ) -> None:
         self._endpoint = endpoint
         self._engine = endpoint.engine
+        self._shell = shell
         self._limits = limits
         self._counters = counters
         self._tunnels = tunnels
         self._peers = peers
         self._early_peers: set[int] = set()
-        self._unanswered_barriers: list[Tunnel] = []
+        self._unanswered_barriers: list[UdpFlow] = []
 
     # before a tunnel is open
 
-    def begin(self, peer: Peer, quarter_stream_id: int) -> UdpTunnel:
-        """A request has come: what overtook it is its own."""
-        return peer.early.pop(quarter_stream_id, None) or self._new_protocol()
+    def new_flow(
+        self, peer: Peer, connection: int, stream_id: int, request: AdmissionRequest, now: float
+    ) -> UdpFlow:
+        """For a request that has come: what overtook it is its own."""
+        protocol = peer.early.pop(stream_id // 4, None) or self._new_protocol()
+        return UdpFlow(self, connection, stream_id, protocol, request, now=now)
 
-    def open(self, tunnel: Tunnel, now: float) -> None:
+    def connect(self, tunnel: UdpFlow, grant: Grant) -> None:
+        """Open the target's socket. Raises ``TargetError``."""
+        if not grant.is_echo:
+            tunnel.target = self._shell.open_udp(tunnel, grant)
+        tunnel.capsules_only = not self._endpoint.may_send_datagrams(tunnel.connection)
+
+    def begin(self, tunnel: UdpFlow, now: float) -> None:
         """What came before the grant goes to the target."""
         for payloads, segment_size in tunnel.protocol.open():
             self._send_to_target(tunnel, payloads, segment_size, now)
 
-    def refuse(self, tunnel: Tunnel) -> None:
+    def discard_held(self, tunnel: UdpFlow) -> None:
         """What came before the denial is dropped."""
         for payloads, segment_size in tunnel.protocol.discard_held():
             self._drop(DropReason.TUNNEL_REFUSED, count_payloads(len(payloads), segment_size))
@@ -118,7 +223,10 @@ class UdpRelay:
             tunnel = self._tunnels.get((connection, quarter_stream_id))
             if tunnel is None:
                 self._hold_early(connection, quarter_stream_id, payloads, segment_size)
-            elif tunnel.target is None and tunnel.grant is None:
+            elif not isinstance(tunnel, UdpFlow):
+                count = count_payloads(len(payloads), segment_size)
+                self._drop(DropReason.UNKNOWN_STREAM, count)
+            elif not tunnel.is_open:
                 dropped = tunnel.protocol.hold(payloads, segment_size)
                 self._drop(DropReason.EARLY_QUEUE_FULL, dropped)
             else:
@@ -126,7 +234,7 @@ class UdpRelay:
         if self._unanswered_barriers:
             self._answer_barriers()
 
-    def receive_body(self, tunnel: Tunnel, event: BodyReceived, now: float) -> None:
+    def receive_body(self, tunnel: UdpFlow, event: BodyReceived, now: float) -> None:
         """Capsules of the request stream. Raises ``PeerError`` when they are none."""
         protocol = tunnel.protocol
         unknown_before = protocol.unknown_contexts
@@ -134,7 +242,7 @@ class UdpRelay:
         self._drop(DropReason.UNKNOWN_CONTEXT, protocol.unknown_contexts - unknown_before)
         self._counters.capsules_received += len(payloads)
         for payload in payloads:
-            if tunnel.grant is None:
+            if not tunnel.is_open:
                 self._drop(DropReason.EARLY_QUEUE_FULL, protocol.hold(payload, len(payload)))
             else:
                 self._send_to_target(tunnel, payload, len(payload), now)
@@ -145,16 +253,22 @@ class UdpRelay:
     def _answer_barriers(self) -> None:
         """What came before them, in the same packets too, has gone to the targets by now."""
         for tunnel in self._unanswered_barriers:
-            if tunnel.grant is not None:
+            if tunnel.is_open:
                 self._endpoint.send_body(tunnel.connection, tunnel.stream_id, encode_barrier())
         self._unanswered_barriers.clear()
 
     def _send_to_target(
-        self, tunnel: Tunnel, payloads: Buffer, segment_size: int, now: float
+        self, tunnel: UdpFlow, payloads: Buffer, segment_size: int, now: float
     ) -> None:
         counters = self._counters
         count = count_payloads(len(payloads), segment_size)
         tunnel.last_active = now
+        if tunnel.meter is not None and tunnel.meter.to_target is not None:
+            count, payloads = self._charge(
+                tunnel, tunnel.meter.to_target, payloads, segment_size, now
+            )
+            if not count:
+                return
         if tunnel.target is None:  # echo
             counters.datagrams_to_target += count
             counters.bytes_to_target += len(payloads)
@@ -180,11 +294,17 @@ class UdpRelay:
     # from the target
 
     def receive_from_target(
-        self, tunnel: Tunnel, payloads: Buffer, segment_size: int, now: float
+        self, tunnel: UdpFlow, payloads: Buffer, segment_size: int, now: float
     ) -> None:
         """What a target socket received: on to the client."""
         count = count_payloads(len(payloads), segment_size)
         tunnel.last_active = now
+        if tunnel.meter is not None and tunnel.meter.to_client is not None:
+            count, payloads = self._charge(
+                tunnel, tunnel.meter.to_client, payloads, segment_size, now
+            )
+            if not count:
+                return
         connection, quarter_stream_id = tunnel.connection, tunnel.stream_id // 4
         largest = segment_size or len(payloads)
         if not tunnel.capsules_only and largest <= self._engine.max_payload_bytes(
@@ -209,18 +329,34 @@ class UdpRelay:
         tunnel.datagrams_to_client += count
         tunnel.bytes_to_client += len(payloads)
 
+    def _charge(
+        self, tunnel: UdpFlow, lane: Lane, payloads: Buffer, segment_size: int, now: float
+    ) -> tuple[int, Buffer]:
+        """How many datagrams of a stretch may go, and these; the others are dropped."""
+        size = len(payloads)
+        count = count_payloads(size, segment_size)
+        granted = lane.take_datagrams(size, segment_size, now)
+        if granted == count:
+            return count, payloads
+        reason = DropReason.QUOTA_USED_UP if lane.is_spent else DropReason.RATE_LIMITED
+        self._drop(reason, count - granted)
+        tunnel.drops += count - granted
+        tunnel.rate_limited += count - granted
+        return granted, memoryview(payloads)[: granted * segment_size]
+
     def _capsule_backlog(self, connection: int) -> int:
-        """What waits on all tunnels' streams of a connection, in bytes."""
+        """What waits on the streams of a connection's UDP tunnels, in bytes."""
         return sum(
             self._engine.stream_backlog_bytes(connection, tunnel.stream_id)
             for tunnel in self._peers[connection].tunnels
+            if isinstance(tunnel, UdpFlow)
         )
 
     def _drop(self, reason: DropReason, count: int) -> None:
         if count:
             self._counters.count_drop(reason, count)
 
-    def count_overflow(self, tunnel: Tunnel) -> None:
+    def count_overflow(self, tunnel: UdpFlow) -> None:
         """What the kernel has dropped at the target's socket since the last call."""
         if tunnel.target is not None:
             overflow = tunnel.target.overflow
