@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
-from integration.conftest import ENGINES, Peer
+from integration.conftest import ENGINES, Peer, wait_for_metric
 from integration.processes import (
     BIN,
     Gateway,
@@ -29,9 +29,18 @@ from integration.processes import (
 CHECKS = [
     "cfg.load",
     "net.dns",
+    "net.udp",
+    "net.mtu.up",
+    "tls.certificate",
+    "auth.token",
     "h3.connect",
     "masque.connect_udp",
     "masque.connect_udp.datagram",
+    "net.mtu.down",
+    "net.latency",
+    "net.nat",
+    "clock.skew",
+    "gateway.version",
     "tun.perm",
     "mtu.sanity",
 ]
@@ -62,13 +71,15 @@ def client_config(gateway: Gateway, path: Path, /, **changes: Any) -> Path:
 
 
 def doctor(config: Path, **environ: str) -> tuple[int, dict[str, tuple[str, str]]]:
-    """Exit code, and (status, summary) by check ID."""
+    """Exit code, and (status, summary and remedy) by check ID."""
     done = run_command(
         "toppy", "doctor", "--json", "--config", str(config), env=environment(**environ)
     )
     report = json.loads(done.stdout)
     assert set(report) == {"version", "overall", "checks"}
-    return done.returncode, {c["id"]: (c["status"], c["summary"]) for c in report["checks"]}
+    return done.returncode, {
+        c["id"]: (c["status"], f"{c['summary']}; {c['remedy']}") for c in report["checks"]
+    }
 
 
 def exchange(port: int, payload: bytes) -> bytes:
@@ -107,8 +118,8 @@ class TestDoctor:
         assert checks["h3.connect"][0] == "fail"
         assert "unauthorized" in checks["h3.connect"][1]
         assert "auth_token" in checks["h3.connect"][1]
-        assert checks["masque.connect_udp"][0] == "warn"
-        assert "skipped" in checks["masque.connect_udp"][1]
+        assert checks["masque.connect_udp"][0] == "skip"
+        assert "mend h3.connect first" in checks["masque.connect_udp"][1]
 
     def test_a_certificate_of_another_ca_fails_with_advice(
         self, gateway: Gateway, tmp_path: Path
@@ -136,6 +147,8 @@ class TestDoctor:
         config = client_config(gateway, tmp_path / "c.toml", port=free_udp_port())
         code, checks = doctor(config)
         assert code == 1
+        assert checks["net.udp"][0] == checks["h3.connect"][0] == "fail"
+        assert "nothing listens" in checks["net.udp"][1]
         assert "no answer" in checks["h3.connect"][1]
 
     def test_a_name_that_does_not_resolve_skips_the_rest(
@@ -145,14 +158,14 @@ class TestDoctor:
         code, checks = doctor(config)
         assert code == 1
         assert checks["net.dns"][0] == "fail"
-        assert checks["h3.connect"][0] == "warn"
+        assert checks["h3.connect"][0] == "skip"
 
     def test_without_a_configuration_network_checks_are_skipped(self, tmp_path: Path) -> None:
         code, checks = doctor(tmp_path / "none.toml")
         assert code == 1
         assert checks["cfg.load"][0] == "fail"
         assert "toppy-gw init" in checks["cfg.load"][1]
-        assert checks["net.dns"][0] == "warn"
+        assert checks["net.dns"][0] == "skip"
 
     def test_a_missing_ca_file_is_named(self, gateway: Gateway, tmp_path: Path) -> None:
         config = client_config(gateway, tmp_path / "c.toml", ca_cert_path="/nowhere/ca.pem")
@@ -177,7 +190,7 @@ class TestDoctor:
     ) -> None:
         config = client_config(gateway, tmp_path / "c.toml")
         _, checks = doctor(config, TOPPY_DOCTOR_NET=value, TOPPY_DOCTOR_TUN=value)
-        assert {checks[check][0] for check in CHECKS[1:6]} == {status}
+        assert {checks[check][0] for check in CHECKS[1:15]} == {status}
 
     def test_policy_is_asked_about_a_target(self, gateway: Gateway, tmp_path: Path) -> None:
         path = client_config(gateway, tmp_path / "c.toml")
@@ -256,16 +269,30 @@ class TestUdp:
     def test_a_wrong_certificate_is_told_and_nothing_is_sent(
         self, gateway: Gateway, echo: Peer, tmp_path: Path
     ) -> None:
+        counted = (
+            "toppy_gw_admissions_total",
+            "toppy_gw_datagrams_total",
+            "toppy_gw_tunnels_total",
+        )
+        before = [gateway.metric(name) for name in counted]
+        failed = gateway.metric("toppy_gw_handshakes_total", outcome="failed")
         config = client_config(gateway, tmp_path / "c.toml", server_name="other.example")
+        port = free_udp_port()
         running = start(
             [
                 *(BIN / "toppy", "udp", "--config", config),
-                *("--listen", "127.0.0.1:0", "--target", f"{echo.host}:{echo.port}"),
+                *("--listen", f"127.0.0.1:{port}", "--target", f"{echo.host}:{echo.port}"),
             ],
             tmp_path / "log",
         )
+        running.wait_for_output("toppy udp listening on")
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+            sock.sendto(b"for the right gateway alone", ("127.0.0.1", port))
         running.wait_for_output("certificate")
+        # two more attempts, with the datagram in hand; what they brought is reported by then
+        wait_for_metric(gateway, failed + 2, "handshakes_total", outcome="failed")
         assert running.stop() == 0
+        assert [gateway.metric(f"toppy_gw_{name}") for name in counted] == before
 
     def test_no_secret_is_in_arguments_or_output(self, gateway: Gateway, echo: Peer) -> None:
         with running_udp_client(gateway, f"{echo.host}:{echo.port}", name="quiet") as (

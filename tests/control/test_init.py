@@ -22,7 +22,7 @@ from toppy.errors import ConfigError
 from toppy.model.identity import Identity
 from toppy.model.target import Target
 from toppy.policy.ruleset import Ruleset
-from toppy.system.certificate_authority import names_of
+from toppy.system.certificate_files import names_of
 
 NAMES = [
     "ca.pem",
@@ -165,7 +165,7 @@ def test_the_client_is_told_a_name_that_can_be_reached_and_verified(
 def decide(directory: Path, address: str, port: int = 53) -> bool:
     rules = Ruleset(gateway_of(directory).policy.rules)
     target = Target(str(ipaddress.ip_address(address)), port)
-    return rules.decide(Identity("token", "static"), target, [address]).is_allowed
+    return rules.decide(Identity("token", "static"), target, [address], now=0).is_allowed
 
 
 def test_a_gateway_on_loopback_allows_loopback_targets_only(tmp_path: Path) -> None:
@@ -198,8 +198,8 @@ def test_the_clients_policy_allows_this_machine(tmp_path: Path) -> None:
     assert policy is not None
     rules = Ruleset(policy.allow, guards_special=False)
     someone = Identity("anonymous", "none")
-    assert rules.decide(someone, Target("127.0.0.1", 53), ["127.0.0.1"]).is_allowed
-    assert not rules.decide(someone, Target("10.0.0.1", 53), ["10.0.0.1"]).is_allowed
+    assert rules.decide(someone, Target("127.0.0.1", 53), ["127.0.0.1"], now=0).is_allowed
+    assert not rules.decide(someone, Target("10.0.0.1", 53), ["10.0.0.1"], now=0).is_allowed
 
 
 @pytest.mark.parametrize("name", ['q"uote', "back\\slash", "line\nbreak", "ünïcode", "a#b = [c]"])
@@ -322,7 +322,8 @@ def test_in_the_system_directory_the_service_owns_what_it_reads(
     given: list[tuple[int, int]] = []
     nobody = pwd.getpwnam("nobody")
     monkeypatch.setattr("toppy.control.init._SYSTEM_DIRECTORY", tmp_path)
-    monkeypatch.setattr("toppy.control.init._SERVICE_USER", "nobody")
+    monkeypatch.setattr("toppy.control.service_files.SYSTEM_DIRECTORY", tmp_path)
+    monkeypatch.setattr("toppy.control.service_files._SERVICE_USER", "nobody")
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     monkeypatch.setattr(os, "fchown", lambda file, *owner: given.append(owner))
     write(tmp_path)
@@ -334,6 +335,6 @@ def test_in_the_system_directory_the_service_owns_what_it_reads(
 def test_without_the_services_user_every_file_is_the_callers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("toppy.control.init._SYSTEM_DIRECTORY", tmp_path)
-    monkeypatch.setattr("toppy.control.init._SERVICE_USER", "no-such-user")
+    monkeypatch.setattr("toppy.control.service_files.SYSTEM_DIRECTORY", tmp_path)
+    monkeypatch.setattr("toppy.control.service_files._SERVICE_USER", "no-such-user")
     assert {path.stat().st_uid for path in write(tmp_path)} == {os.geteuid()}

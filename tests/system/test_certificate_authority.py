@@ -17,16 +17,19 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from tests.quic.link import attempt, client_config, server_config
+from toppy.model.key_type import KeyType
 from toppy.system.certificate_authority import (
     CA_DAYS,
+    CLIENT_DAYS,
     SERVER_DAYS,
     KeyPair,
-    check_pair,
+    issue_client_certificate,
     issue_self_signed,
     issue_server_certificate,
+    load_ca,
     make_ca,
-    names_of,
 )
+from toppy.system.certificate_files import names_of
 
 NAMES = ("localhost", "gw.example", "*.wild.example", "127.0.0.1", "::1")
 ENGINES = ["aioquic", "native"]
@@ -204,15 +207,49 @@ def test_a_client_that_pins_a_self_signed_certificate_is_served(engine: str) -> 
     link.run_until(lambda: client.is_ready and gateway.is_ready)
 
 
-def test_a_pair_that_fits_passes_and_every_other_is_named() -> None:
-    ca = make_ca()
-    server, other = (issue_server_certificate(ca, ("localhost",)) for _ in range(2))
-    check_pair(server.certificate_pem + ca.certificate_pem, server.key_pem)
-    for certificate, key, reason in (
-        (server.certificate_pem, other.key_pem, "not the certificate's"),
-        (b"nonsense", server.key_pem, "no PEM certificate"),
-        (server.certificate_pem, b"nonsense", "no PEM private key"),
-        (server.certificate_pem, server.certificate_pem, "no PEM private key"),
+@pytest.mark.parametrize("key_type", list(KeyType))
+def test_every_kind_of_key_can_be_had_encrypted_and_signs_again(key_type: KeyType) -> None:
+    ca = make_ca("kept", key_type=key_type, days=10)
+    assert b"BEGIN ENCRYPTED PRIVATE KEY" in ca.encrypted_key_pem(b"correct horse")
+    again = load_ca(ca.certificate_pem, ca.encrypted_key_pem(b"correct horse"), b"correct horse")
+    leaf = issue_server_certificate(again, ["gw.example"], key_type=KeyType.ECDSA_P384, days=5)
+    leaf.certificate.verify_directly_issued_by(ca.certificate)
+
+
+def test_a_client_certificate_is_for_clients_and_named() -> None:
+    made = issue_client_certificate(authority(), "alice")
+    extended = made.certificate.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
+    assert list(extended) == [ExtendedKeyUsageOID.CLIENT_AUTH]
+    assert made.certificate.subject.rfc4514_string() == "CN=alice"
+    assert names_of(made.certificate_pem) == ("alice",)
+    lasts = made.certificate.not_valid_after_utc - made.certificate.not_valid_before_utc
+    assert lasts.days == CLIENT_DAYS
+
+
+def test_a_mail_address_is_one_in_the_certificate() -> None:
+    made = issue_client_certificate(authority(), "alice@example.com")
+    san = made.certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName)
+    assert san.value.get_values_for_type(x509.RFC822Name) == ["alice@example.com"]
+
+
+def test_no_certificate_outlives_its_authority() -> None:
+    ca = make_ca(days=100)
+    with pytest.raises(ValueError, match="use --days 99 or less"):
+        issue_server_certificate(ca, ["localhost"])
+    issue_server_certificate(ca, ["localhost"], days=99)
+    with pytest.raises(ValueError, match="make a new one: toppy-gw cert ca"):
+        issue_client_certificate(make_ca(days=0), "alice")
+
+
+def test_what_is_no_authority_is_refused_with_the_reason() -> None:
+    ca, leaf = make_ca(), issue_self_signed(["localhost"])
+    for certificate, key, passphrase, reason in (
+        (b"nonsense", ca.key_pem, None, "no PEM certificate"),
+        (ca.certificate_pem, b"nonsense", None, "no PEM private key"),
+        (ca.certificate_pem, leaf.key_pem, None, "not that of the CA's"),
+        (leaf.certificate_pem, leaf.key_pem, None, "may not sign others"),
+        (ca.certificate_pem, ca.encrypted_key_pem(b"horse"), None, "is encrypted"),
+        (ca.certificate_pem, ca.encrypted_key_pem(b"horse"), b"donkey", "passphrase is wrong"),
     ):
         with pytest.raises(ValueError, match=reason):
-            check_pair(certificate, key)
+            load_ca(certificate, key, passphrase)

@@ -81,11 +81,16 @@ class IssuerVerifier:
         identity = identity_of(claims)
         if identity.subject == "jwt":
             raise AuthenticationError("the token has no subject (sub)")
-        roles = [each.role for each in self._roles if _has(claims, each)]
         return (
-            replace(identity, method="oidc", roles=tuple(dict.fromkeys(roles))[:ROLE_LIMIT]),
+            replace(identity, method="oidc", roles=roles_of(claims, self._roles)),
             expires_at,
         )
+
+
+def roles_of(claims: Mapping[str, Any], mappings: Iterable[RoleMapping]) -> tuple[str, ...]:
+    """The roles that ``mappings`` give for ``claims``, each once, at most ``ROLE_LIMIT``."""
+    roles = [each.role for each in mappings if _has(claims, each)]
+    return tuple(dict.fromkeys(roles))[:ROLE_LIMIT]
 
 
 def _has(claims: Mapping[str, Any], mapping: RoleMapping) -> bool:

@@ -34,7 +34,11 @@ _MIN_RSA_BITS = 2048
 """RFC 7518 section 3.3."""
 _HMAC_BLOCK_BYTES = 64
 _MAX_SUBJECT_CHARACTERS = 256
-_RESERVED_SUBJECTS = frozenset({"token", "anonymous", "jwt"})
+_MOST_GROUPS = 512
+"""Of one token; some providers list every group of a large directory."""
+NO_SUBJECT = "jwt"
+"""The subject of a token without one."""
+_RESERVED_SUBJECTS = frozenset({"token", "anonymous", NO_SUBJECT})
 """What rules call the static token, nobody in particular, and a token without a subject."""
 _SIGNATURE_ONLY: Options = {
     "verify_exp": False,
@@ -170,7 +174,7 @@ class JwtVerifier:
 
 def identity_of(claims: Mapping[str, Any]) -> Identity:
     """Who verified claims name. Raises ``AuthenticationError`` for a subject that cannot be one."""
-    return Identity(_subject(claims), "jwt", _scalars(claims))
+    return Identity(_subject(claims), "jwt", _scalars(claims), groups=_groups(claims))
 
 
 def _time_claim(claims: Mapping[str, Any], name: str) -> float | None:
@@ -190,7 +194,7 @@ def _is_moderate(value: float) -> bool:
 def _subject(claims: Mapping[str, Any]) -> str:
     subject = claims.get("sub")
     if subject is None or subject == "":
-        return "jwt"
+        return NO_SUBJECT
     if not isinstance(subject, str):
         raise AuthenticationError("the token's subject (sub) is no text")
     if len(subject) > _MAX_SUBJECT_CHARACTERS or not subject.isprintable():
@@ -206,6 +210,13 @@ def _scalars(claims: Mapping[str, Any]) -> dict[str, ClaimValue]:
         for name, value in claims.items()
         if isinstance(value, str | bool) or (isinstance(value, int | float) and _is_moderate(value))
     }
+
+
+def _groups(claims: Mapping[str, Any]) -> tuple[str, ...]:
+    """The claim ``groups`` (RFC 9068 section 2.2.3.1), a list or one text."""
+    found = claims.get("groups")
+    groups = found if isinstance(found, list) else [found]
+    return tuple(group for group in groups if isinstance(group, str))[:_MOST_GROUPS]
 
 
 def _hmac_key(secret: str) -> bytes:

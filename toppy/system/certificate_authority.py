@@ -8,21 +8,29 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from cryptography import x509
-from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import (
+    BestAvailableEncryption,
     Encoding,
+    KeySerializationEncryption,
     NoEncryption,
     PrivateFormat,
-    load_pem_private_key,
 )
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from toppy.auth.certificate_chain import is_authority
+from toppy.model.key_type import KeyType
+from toppy.system.certificate_files import parse_certificates, parse_private_key
 
 CA_DAYS = 3650
 SERVER_DAYS = 825
 """What Apple's platforms accept at most from a private CA."""
+CLIENT_DAYS = 365
 _CLOCK_SKEW = datetime.timedelta(hours=1)
+_PUBLIC_EXPONENT = 65537
+
+SigningKey = ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +38,7 @@ class KeyPair:
     """A certificate and its key."""
 
     certificate: x509.Certificate
-    key: ec.EllipticCurvePrivateKey = field(repr=False)
+    key: SigningKey = field(repr=False)
 
     @property
     def certificate_pem(self) -> bytes:
@@ -39,73 +47,130 @@ class KeyPair:
     @property
     def key_pem(self) -> bytes:
         """PKCS #8, not encrypted: write it with mode 0600."""
-        return self.key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+        return self._key_pem(NoEncryption())
+
+    def encrypted_key_pem(self, passphrase: bytes) -> bytes:
+        """PKCS #8, encrypted."""
+        return self._key_pem(BestAvailableEncryption(passphrase))
+
+    def _key_pem(self, encryption: KeySerializationEncryption) -> bytes:
+        return self.key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, encryption)
 
 
-def make_ca(common_name: str = "toppy private CA") -> KeyPair:
-    """A new root (ECDSA P-256) that may sign end certificates only."""
-    key = ec.generate_private_key(ec.SECP256R1())
+def make_ca(
+    common_name: str = "toppy private CA",
+    *,
+    key_type: KeyType = KeyType.ECDSA_P256,
+    days: int = CA_DAYS,
+) -> KeyPair:
+    """A new root that may sign end certificates only."""
+    key = _new_key(key_type)
     name = _name(common_name)
     builder = (
-        _builder(name, name, key, CA_DAYS)
+        _builder(name, name, key, days)
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .add_extension(_key_usage(signs_certificates=True), critical=True)
     )
-    return KeyPair(builder.sign(key, hashes.SHA256()), key)
+    return KeyPair(builder.sign(key, _hash_for(key)), key)
 
 
-def issue_server_certificate(ca: KeyPair, names: Sequence[str]) -> KeyPair:
-    """A certificate for DNS names and addresses, signed by ``ca``."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    authority_id = ca.certificate.extensions.get_extension_for_class(x509.SubjectKeyIdentifier)
-    builder = _server_builder(names, ca.certificate.subject, key).add_extension(
-        x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(authority_id.value),
-        critical=False,
+def load_ca(certificate_pem: bytes, key_pem: bytes, passphrase: bytes | None = None) -> KeyPair:
+    """An authority from its files. Raises ``ValueError`` that says what to do."""
+    certificate = parse_certificates(certificate_pem, "the CA's certificate file")[0]
+    key = parse_private_key(key_pem, passphrase, "the CA's key file")
+    if not isinstance(key, ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey):
+        raise ValueError("the CA's key is neither ECDSA nor RSA; make one: toppy-gw cert ca")  # noqa: TRY004
+    if key.public_key() != certificate.public_key():
+        raise ValueError("the CA's key is not that of the CA's certificate")
+    if not is_authority(certificate):
+        raise ValueError("the CA's certificate may not sign others; make one: toppy-gw cert ca")
+    return KeyPair(certificate, key)
+
+
+def issue_server_certificate(
+    ca: KeyPair,
+    names: Sequence[str],
+    *,
+    key_type: KeyType = KeyType.ECDSA_P256,
+    days: int = SERVER_DAYS,
+) -> KeyPair:
+    """A certificate for DNS names and addresses, signed by ``ca``. Raises ``ValueError`` when it
+    would outlive the CA.
+    """
+    key = _new_key(key_type)
+    return _signed(ca, _server_builder(names, ca.certificate.subject, key, days), key, days)
+
+
+def issue_client_certificate(
+    ca: KeyPair,
+    name: str,
+    *,
+    key_type: KeyType = KeyType.ECDSA_P256,
+    days: int = CLIENT_DAYS,
+) -> KeyPair:
+    """A certificate that proves to a gateway who a client is: ``name`` is its common name and its
+    subjectAltName. Raises ``ValueError`` when it would outlive the CA.
+    """
+    key = _new_key(key_type)
+    san = x509.RFC822Name(name) if "@" in name else x509.DNSName(name)
+    builder = (
+        _builder(_name(name), ca.certificate.subject, key, days)
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(_key_usage(signs_certificates=False), critical=True)
+        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.CLIENT_AUTH]), critical=False)
+        .add_extension(x509.SubjectAlternativeName([san]), critical=False)
     )
-    return KeyPair(builder.sign(ca.key, hashes.SHA256()), key)
+    return _signed(ca, builder, key, days)
 
 
 def issue_self_signed(names: Sequence[str]) -> KeyPair:
     """A certificate that only those trust who pin it."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    builder = _server_builder(names, _name(names[0]), key)
-    return KeyPair(builder.sign(key, hashes.SHA256()), key)
+    key = _new_key(KeyType.ECDSA_P256)
+    builder = _server_builder(names, _name(names[0]), key, SERVER_DAYS)
+    return KeyPair(builder.sign(key, _hash_for(key)), key)
 
 
-def names_of(certificate_pem: bytes) -> tuple[str, ...]:
-    """DNS names and addresses of the first certificate, in lower case. Raises ``ValueError``."""
-    certificate = x509.load_pem_x509_certificates(certificate_pem)[0]
-    try:
-        found = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    except x509.ExtensionNotFound:
-        return ()
-    return tuple(name.lower() for name in found.get_values_for_type(x509.DNSName)) + tuple(
-        str(address) for address in found.get_values_for_type(x509.IPAddress)
+def _signed(ca: KeyPair, builder: x509.CertificateBuilder, key: SigningKey, days: int) -> KeyPair:
+    end = ca.certificate.not_valid_after_utc
+    left = end - datetime.datetime.now(datetime.UTC)
+    if left < datetime.timedelta(days=days):
+        if left.days < 1:
+            raise ValueError(f"the CA ends on {end:%Y-%m-%d}; make a new one: toppy-gw cert ca")
+        raise ValueError(
+            f"the CA ends on {end:%Y-%m-%d}, before the certificate would; use --days {left.days} "
+            "or less, or make a new CA"
+        )
+    authority_id = ca.certificate.extensions.get_extension_for_class(x509.SubjectKeyIdentifier)
+    builder = builder.add_extension(
+        x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(authority_id.value),
+        critical=False,
     )
+    return KeyPair(builder.sign(ca.key, _hash_for(ca.key)), key)
 
 
-def check_pair(certificate_pem: bytes, key_pem: bytes) -> None:
-    """Raise ``ValueError`` unless the first certificate belongs to the key and is valid now."""
-    try:
-        certificate = x509.load_pem_x509_certificates(certificate_pem)[0]
-    except ValueError:
-        raise ValueError("the certificate file has no PEM certificate") from None
-    try:
-        key = load_pem_private_key(key_pem, None)
-    except (ValueError, TypeError, UnsupportedAlgorithm):
-        raise ValueError("the key file has no PEM private key without a passphrase") from None
-    if key.public_key() != certificate.public_key():
-        raise ValueError("the private key is not the certificate's")
-    now = datetime.datetime.now(datetime.UTC)
-    if now >= certificate.not_valid_after_utc:
-        raise ValueError(f"the certificate expired on {certificate.not_valid_after_utc:%Y-%m-%d}")
+def _new_key(key_type: KeyType) -> SigningKey:
+    match key_type:
+        case KeyType.ECDSA_P256:
+            return ec.generate_private_key(ec.SECP256R1())
+        case KeyType.ECDSA_P384:
+            return ec.generate_private_key(ec.SECP384R1())
+        case KeyType.RSA_3072:
+            return rsa.generate_private_key(_PUBLIC_EXPONENT, 3072)
+        case KeyType.RSA_4096:
+            return rsa.generate_private_key(_PUBLIC_EXPONENT, 4096)
+
+
+def _hash_for(key: SigningKey) -> hashes.SHA256 | hashes.SHA384:
+    """As strong as the key (RFC 8446 section 4.2.3 pairs the curves with these)."""
+    is_p384 = isinstance(key, ec.EllipticCurvePrivateKey) and isinstance(key.curve, ec.SECP384R1)
+    return hashes.SHA384() if is_p384 else hashes.SHA256()
 
 
 def _server_builder(
-    names: Sequence[str], issuer: x509.Name, key: ec.EllipticCurvePrivateKey
+    names: Sequence[str], issuer: x509.Name, key: SigningKey, days: int
 ) -> x509.CertificateBuilder:
     return (
-        _builder(_name(names[0]), issuer, key, SERVER_DAYS)
+        _builder(_name(names[0]), issuer, key, days)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(_key_usage(signs_certificates=False), critical=True)
         .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
@@ -116,7 +181,7 @@ def _server_builder(
 
 
 def _builder(
-    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePrivateKey, days: int
+    subject: x509.Name, issuer: x509.Name, key: SigningKey, days: int
 ) -> x509.CertificateBuilder:
     now = datetime.datetime.now(datetime.UTC)
     return (

@@ -8,6 +8,10 @@ from pathlib import Path
 
 from toppy.errors import ConfigError
 
+_CLOSED_DIRECTORIES = (Path("/run/credentials"), Path("/run/secrets"))
+"""Of systemd (LoadCredential=) and of containers: one service sees what is in there, whatever the
+files' modes say. systemd lets the service's user in by an access list, whose mask the mode's group
+bits are, acl(5); Docker's and Kubernetes' secrets are readable by all in the container."""
 MAX_FILE_BYTES = 1 << 20
 """Configurations, keys and tokens are far smaller; a wrong path may be anything."""
 
@@ -32,3 +36,10 @@ def read_file(path: Path, key: str) -> bytes:
     if len(data) > MAX_FILE_BYTES:
         raise ConfigError(f"{key}: {path} is larger than 1 MiB", key=key)
     return data
+
+
+def is_open_to_others(path: Path, bits: int) -> bool:
+    """Whether a file has one of these bits of its mode, and stands where that lets somebody in."""
+    if any(directory in path.parents for directory in _CLOSED_DIRECTORIES):
+        return False
+    return bool(path.stat().st_mode & bits)
