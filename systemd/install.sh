@@ -156,7 +156,8 @@ case $command in
     rm -f "$units/toppy-gw.service" "$sysusers/toppy-gw.conf" "$tmpfiles/toppy-gw.conf"
     remove_dropin
     ! is_live || systemctl daemon-reload
-    echo "/etc/toppy and the user toppy-gw stay; remove them when nobody needs them."
+    echo "/etc/toppy, /var/lib/toppy-gw (the audit log) and the user toppy-gw stay;" \
+      "remove them when nobody needs them."
     ;;
   *)
     echo "usage: $0 install|uninstall" >&2

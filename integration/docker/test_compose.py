@@ -207,6 +207,19 @@ def test_client_finds_a_gateway_that_was_stopped_and_started_again(
     wait_until("an echo", echoes, 60.0)
 
 
+def test_the_audit_log_outlives_the_container(engine: Engine, services: Path) -> None:
+    assert status(engine)["audit"]["path"] == "/var/lib/toppy-gw/audit.jsonl"
+    facts = json.loads(engine.docker("exec", GATEWAY, "toppy-gw", "audit", "verify", "--json"))
+    before = facts["entries"]
+    engine.docker("restart", GATEWAY)
+    wait_until("the gateway's health", lambda: engine.health(GATEWAY) == "healthy", 30.0)
+    facts = json.loads(engine.docker("exec", GATEWAY, "toppy-gw", "audit", "verify", "--json"))
+    assert facts["ok"]
+    assert facts["entries"] > before
+    said = engine.docker("exec", GATEWAY, "toppy-gw", "audit", "tail", "-n", "100000")
+    assert "tunnel.opened" in said
+
+
 def test_compose_script_says_how_to_use_it() -> None:
     done = subprocess.run(
         [PROJECT / "docker" / "compose.sh"], capture_output=True, text=True, check=False

@@ -45,7 +45,7 @@ def running(engine: Engine, volume: str, *options: str) -> Iterator[str]:
         wait_until("the gateway's health", lambda: engine.health(container) == "healthy", 30.0)
         yield container
     finally:
-        engine.docker("rm", "--force", container)
+        engine.docker("rm", "--force", "--volumes", container)
 
 
 @pytest.mark.parametrize("first", ["the gateway", "an init"])
@@ -78,6 +78,14 @@ def test_health_check_follows_the_health_address(engine: Engine, configuration: 
         assert "refused" in failed.stderr
 
 
+def test_it_writes_an_audit_log_without_being_told(engine: Engine, configuration: str) -> None:
+    with running(engine, configuration) as container:
+        said = engine.docker("exec", container, "toppy-gw", "audit", "tail")
+        assert "gateway.started" in said
+        there = engine.docker("exec", container, "stat", "--format=%a %u", "/var/lib/toppy-gw")
+        assert there == "700 10001"
+
+
 def test_image_names_its_signal_ports_user_and_health_check(engine: Engine, context: Path) -> None:
     config = engine.inspect(IMAGE)["Config"]
     assert config["StopSignal"] == "SIGTERM"
@@ -85,6 +93,7 @@ def test_image_names_its_signal_ports_user_and_health_check(engine: Engine, cont
     assert config["User"] == "10001:10001"
     assert config["Healthcheck"]["Interval"] == 5_000_000_000
     assert config["Entrypoint"] == ["toppy-gw"]
+    assert set(config["Volumes"]) == {"/var/lib/toppy-gw"}
 
 
 def test_a_missing_configuration_is_said_and_ends_with_1(engine: Engine, context: Path) -> None:

@@ -14,8 +14,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
+import jwt
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
 
+from integration.masque_client import ask, connected_engine, run
 from integration.oidc.browser import Browser
 from integration.processes import (
     BIN,
@@ -132,11 +135,12 @@ scope = "openid offline_access profile"
     def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         return run_command("toppy", *arguments, "--config", str(self.config), env=self.environ)
 
-    def start_login(self) -> Running:
+    def start_login(self, *options: str) -> Running:
         command: list[str | Path] = [
             BIN / "toppy",
             "login",
             "--no-browser",
+            *options,
             "--config",
             self.config,
         ]
@@ -291,12 +295,43 @@ def test_after_logging_out_the_login_cannot_be_renewed(user: User, provider: Pro
     assert "does not renew it any more" in said.stderr
 
 
-def test_a_role_that_a_client_gives_itself_is_none(
-    user: User, provider: Provider, gateway: Gateway
-) -> None:
-    """The static token has no role; the rule asks for one."""
-    user.auth = ""  # the configuration's auth_token is the gateway's shared one
-    assert not can_reach(user)
+def test_a_role_that_a_client_gives_itself_is_none(user: User, gateway: Gateway) -> None:
+    login = user.start_login("--print-token")
+    with contextlib.closing(Browser("alice")) as browser:
+        browser.visit(user.address_to_open(login))
+    assert login.process.wait(20) == 0, login.output()
+    found = re.search(r"^(eyJ\S+)$", login.output(), re.MULTILINE)
+    assert found is not None
+    good = found[1]
+    claims = jwt.decode(good, options={"verify_signature": False})
+    header, _, signature = good.split(".")
+    # the same with another group, under the signature of the one that the provider gave
+    claims["groups"] = ["ops", "admins"]
+    changed = jwt.encode(claims, "x" * 32, "HS256").split(".")[1]
+    own_key = ec.generate_private_key(ec.SECP256R1())
+    forged = {
+        "claims changed": f"{header}.{changed}.{signature}",
+        "signed by himself": jwt.encode(
+            claims, own_key, "ES256", headers={"kid": jwt.get_unverified_header(good)["kid"]}
+        ),
+        "with a secret of his own": jwt.encode(claims, "y" * 32, "HS256"),
+        "not signed": jwt.encode(claims, "", "none"),
+    }
+
+    async def status(token: str) -> int:
+        # a connection each: failed authentications close one
+        async with connected_engine(gateway) as client:
+            answer = await ask(client, "127.0.0.1", 9, token=token, forward=True).answer()
+            return answer.status
+
+    async def scenario() -> None:
+        for name, token in forged.items():
+            assert await status(token) == 401, name
+        # who is somebody, and has no role, is denied by the rules
+        assert await status(gateway.token) == 403
+        assert await status(good) == 200
+
+    run(scenario())
 
 
 @pytest.mark.parametrize(("offset_s", "code"), [(45, 0), (-45, 0), (150, 3)])

@@ -41,6 +41,24 @@ def test_service_has_the_rights_it_needs_and_no_other(service: Service) -> None:
     assert machine.do("stat", "--format=%a %U", "/run/toppy-gw") == "700 toppy-gw"
 
 
+def test_audit_log_is_on_and_only_the_service_may_read_it(service: Service) -> None:
+    machine = service.machine
+    assert machine.do("stat", "--format=%a %U", "/var/lib/toppy-gw") == "700 toppy-gw"
+    log = "/var/lib/toppy-gw/audit.jsonl"
+    assert machine.do("stat", "--format=%a %U", log) == "600 toppy-gw"
+    assert service.status()["audit"]["path"] == log
+    # root, who has no $STATE_DIRECTORY
+    before = json.loads(machine.do("toppy-gw", "audit", "verify", "--json"))
+    assert before["ok"]
+    main_pid = service.main_pid
+    machine.do("kill", "-KILL", str(main_pid))
+    service.wait_for_new_control_plane(main_pid)
+    machine.do("systemctl", "restart", UNIT)
+    after = json.loads(machine.do("toppy-gw", "audit", "verify", "--json"))
+    assert after["ok"]
+    assert after["entries"] > before["entries"]
+
+
 def test_documentation_has_the_exposure_that_systemd_measures(service: Service) -> None:
     said = service.machine.do("systemd-analyze", "security", "--no-pager", UNIT)
     score = re.search(r"Overall exposure level for \S+: ([0-9.]+)", said)

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import csv
+import fcntl
 import io
 import json
+import os
+import pty
+import struct
+import subprocess
+import sys
+import termios
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner, Result
 
 from tests.observe.audit_place import KEY, Place
-from toppy.cli import toppy, toppy_gw
+from toppy.cli import audit_log, toppy, toppy_gw
 from toppy.model.audit_event import AuditEvent
 
 runner = CliRunner()
@@ -215,3 +222,58 @@ def test_a_gateway_without_a_log_says_so(tmp_path: Path, monkeypatch: pytest.Mon
     Place(tmp_path / "state").write([1])
     result = runner.invoke(toppy_gw.app, ["audit", "tail", "--config", str(path)])
     assert result.exit_code == 0, result.stderr
+
+
+def test_the_services_log_is_found_without_its_variable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tmp_path / "gateway.toml"
+    config.write_text('[auth]\ntoken = "long-enough"\n')
+    monkeypatch.delenv("STATE_DIRECTORY", raising=False)
+    monkeypatch.setattr(audit_log, "SYSTEM_STATE_DIRECTORY", str(tmp_path / "state"))
+    for system, code in ((tmp_path / "another.toml", 1), (config, 1)):
+        monkeypatch.setattr(audit_log, "SYSTEM_CONFIG", str(system))
+        result = runner.invoke(toppy_gw.app, ["audit", "verify", "--config", str(config)])
+        assert result.exit_code == code
+        assert "has no audit log" in result.stderr
+    place = Place(tmp_path / "state")
+    place.write([1])
+    result = runner.invoke(
+        toppy_gw.app,
+        ["audit", "verify", "--signing-key", SIGNING_KEY, "--config", str(config)],
+    )
+    assert (result.exit_code, result.stdout) == (0, f"audit ok: {place.path}\n")
+
+
+def test_a_hundred_thousand_entries_verify_with_a_progress_bar_on_a_terminal(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place.set(rotate_bytes=16 << 20, fsync="never")
+    log = place.open()
+    for first in range(0, 100_000, 1000):
+        place.append(log, *range(first, first + 1000))
+    log.close()
+    assert len(place.names()) > 1
+    ours, theirs = pty.openpty()
+    with os.fdopen(ours, "rb", buffering=0) as terminal, os.fdopen(theirs, "w") as stderr:
+        fcntl.ioctl(stderr, termios.TIOCSWINSZ, struct.pack("HHHH", 25, 80, 0, 0))
+        done = subprocess.run(
+            [sys.executable, "-c", "from toppy.cli.toppy import main; main()", "audit", "verify"],
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+            timeout=60,
+            check=False,
+            env={**os.environ, "TERM": "xterm"},
+        )
+        shown = os.read(terminal.fileno(), 1 << 20).decode("utf-8", "replace")
+    assert (done.returncode, done.stdout) == (0, f"audit ok: {place.path}\n")
+    assert "verifying" in shown
+    assert "%" in shown
+    # one entry is wrong, far from both ends
+    file = place.directory / place.names()[0]
+    data = file.read_bytes()
+    file.write_bytes(data.replace(b'"192.0.2.1:40000"', b'"192.0.2.1:40001"', 1))
+    result = audit("verify")
+    assert result.exit_code == 1
+    assert "line 40001: hash mismatch" in result.stdout

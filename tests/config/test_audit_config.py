@@ -53,6 +53,9 @@ def test_variables_override_the_table() -> None:
         ("queue_events = 1", "from 100 to 1000000"),
         ('fsync = "sometimes"', "'always', 'interval' or 'never'"),
         ("rotate_bytes = -1", "at least 0"),
+        ("keep_files = -1", "at least 0"),
+        ("keep_days = 1\nrotate_bytes = 0\nrotate_interval_s = 0", "set rotate_bytes"),
+        ("repeat_interval_s = 0", "from 1"),
     ],
 )
 def test_wrong_values_are_named(text: str, part: str) -> None:

@@ -16,6 +16,7 @@ from toppy.errors import ConfigError
 from toppy.model.audit_event import AuditAction, parse_facts
 from toppy.observe.audit_log import AuditLog, AuditLogOptions
 from toppy.observe.audit_reader import read_checkpoints, verify_log
+from toppy.observe.audit_shipper import CollectorOptions
 
 DENIED = AuditAction.TUNNEL_DENIED
 
@@ -115,6 +116,143 @@ def test_strangers_leave_room_for_what_must_be_recorded(path: Path) -> None:
         assert writer.record(AuditAction.TUNNEL_OPENED, "x")
 
     run(path, scenario, queue_events=10)
+
+
+class Clock:
+    """Stands still unless a test moves it."""
+
+    def __init__(self) -> None:
+        self.now = 1_700_000_000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def fail(writer: AuditWriter, source: str, count: int = 1, status: int = 401) -> None:
+    action = AuditAction.AUTH_FAILED if status == 401 else DENIED
+    writer.record_refusal(
+        action, "a:53", source=source, status=status, reason="wrong", count=count, tunnel="t"
+    )
+
+
+def refusals(path: Path) -> list[tuple[str, str, int]]:
+    """Action, source and how many, of each entry."""
+    events = [json.loads(line)["event"] for line in path.read_bytes().splitlines()]
+    assert not any(event["allowed"] for event in events)
+    facts = [parse_facts(event["reason"])[1] for event in events]
+    return [
+        (event["action"], event["actor"], int(fact.get("count", 1)))
+        for event, fact in zip(events, facts, strict=True)
+    ]
+
+
+def test_refusals_that_repeat_are_one_entry_with_their_count(path: Path) -> None:
+    async def whole() -> None:
+        clock = Clock()
+        writer = AuditWriter(settings_of(path), clock=clock)
+        writer.start()
+        for _ in range(5):
+            fail(writer, "192.0.2.1")
+        fail(writer, "192.0.2.2", status=400, count=7)
+        await until(lambda: path.exists() and len(refusals(path)) == 2)
+        clock.now += 61
+        fail(writer, "192.0.2.3")
+        await until(lambda: len(refusals(path)) == 4)
+        await writer.close()
+
+    asyncio.run(whole())
+    assert sorted(refusals(path)) == [
+        ("auth.failed", "192.0.2.1", 1),
+        ("auth.failed", "192.0.2.1", 4),
+        ("auth.failed", "192.0.2.3", 1),
+        ("tunnel.denied", "192.0.2.2", 7),
+    ]
+
+
+def test_a_flood_of_failures_adds_few_entries_and_none_is_missing_from_the_counts(
+    path: Path,
+) -> None:
+    async def scenario(writer: AuditWriter) -> None:
+        writer.start()
+        for number in range(50_000):
+            fail(writer, f"2001:db8::{number % 3000:x}")
+
+    run(path, scenario)
+    found = refusals(path)
+    assert len(found) <= 2 * 101
+    assert sum(count for _, _, count in found) == 50_000
+    # an attacker with many addresses does not hide that there are some
+    assert sum(count for _, actor, count in found if actor == "toppy-gw") > 40_000
+
+
+def test_counts_wait_while_there_is_no_room(path: Path) -> None:
+    async def scenario(writer: AuditWriter) -> None:
+        for _ in range(3):
+            fail(writer, "192.0.2.1")
+        while writer.has_room:
+            writer.record(AuditAction.TUNNEL_OPENED, "x")
+        writer.start()
+        await until(lambda: writer.facts()["waiting"] == 0)
+
+    run(path, scenario, queue_events=4, repeat_interval_s=0.0)
+    lines = [json.loads(line)["event"] for line in path.read_bytes().splitlines()]
+    failed = [event["reason"] for event in lines if event["action"] == "auth.failed"]
+    assert [parse_facts(reason)[1].get("count") for reason in failed] == [None, "2"]
+    assert not any(event["action"] == "audit.lost" for event in lines)
+
+
+def test_the_metrics_follow_what_is_written(path: Path) -> None:
+    async def scenario(writer: AuditWriter) -> None:
+        for number in range(5):
+            writer.record(AuditAction.TUNNEL_OPENED, str(number))
+        before = writer.metrics()
+        assert before is not None
+        assert (before.entries, before.waiting, before.lost) == (0, 4, 1)
+        assert before.last_write is None
+        writer.start()
+        await until(lambda: not writer.facts()["waiting"])
+        after = writer.metrics()
+        assert after is not None
+        assert (after.entries, after.waiting, after.lost, after.failures) == (5, 0, 1, 0)
+        assert after.is_writable
+        assert after.last_write is not None
+        assert after.shipping is None
+
+    run(path, scenario, queue_events=4)
+
+
+def test_the_metrics_show_a_log_that_cannot_be_written(path: Path) -> None:
+    path.mkdir()
+
+    async def scenario(writer: AuditWriter) -> None:
+        writer.start()
+        writer.record(DENIED, "x")
+        await until(lambda: writer.problem)
+        shown = writer.metrics()
+        assert shown is not None
+        assert not shown.is_writable
+        assert shown.failures >= 1
+        path.rmdir()  # noqa: ASYNC240
+
+    run(path, scenario)
+
+
+def test_the_metrics_show_how_far_the_collector_is(path: Path) -> None:
+    """Nothing listens at the collector's address."""
+    collector = CollectorOptions("http://127.0.0.1:9/", retries=0, timeout_s=1)
+
+    async def scenario(writer: AuditWriter) -> None:
+        writer.start()
+        writer.record(DENIED, "x")
+        await until(lambda: writer.facts()["ship_problem"])
+        shown = writer.metrics()
+        assert shown is not None
+        assert shown.shipping is not None
+        assert (shown.shipping.backlog, shown.shipping.failures) == (1, 1)
+        assert shown.shipping.behind_s >= 0
+        assert shown.shipping.last_success is None or shown.shipping.last_success > 0
+
+    run(path, scenario, collector=collector)
 
 
 @pytest.mark.parametrize("refuses", [True, False])

@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+import msgspec
 import pytest
 
 from tests.control.stage import GRANT, FakeProcess, Run, Stage, question, until
@@ -16,7 +17,14 @@ from toppy.control.tunnel_audit import TunnelAudit
 from toppy.model.audit_event import AuditAction
 from toppy.model.grant import Denial, Grant
 from toppy.system.processes import Process
-from toppy.wire.ipc_message import AdmissionRequest, ClosedTaken, ClosedTunnels, LiveTunnel
+from toppy.wire.ipc_message import (
+    AdmissionRequest,
+    ClosedTaken,
+    ClosedTunnels,
+    LiveTunnel,
+    Refusals,
+    RefusedRequests,
+)
 
 
 @dataclass
@@ -24,6 +32,7 @@ class FakeWriter:
     """Keeps events; the test says when they are written."""
 
     events: list[tuple[str, str, dict[str, Any]]] = field(default_factory=list)
+    refusals: list[tuple[str, str, dict[str, Any]]] = field(default_factory=list)
     waiting: list[Any] = field(default_factory=list)
     room: int = 1000
     refuses: bool = True
@@ -41,6 +50,9 @@ class FakeWriter:
             self.waiting.append(told)
         self.events.append((action.value, target, rest))
         return True
+
+    def record_refusal(self, action: AuditAction, target: str, **rest: Any) -> None:
+        self.refusals.append((action.value, target, rest))
 
     def write(self) -> None:
         waiting, self.waiting = self.waiting, []
@@ -89,6 +101,7 @@ def test_a_grant_is_recorded_with_everything_about_it(
         "actor": "192.0.2.9",
         "subject": "token",
         "tunnel": "s3g2c7t1",
+        "protocol": "udp",
         "rule": "dns",
         "revision": 1,
         "addresses": "192.0.2.53",
@@ -96,23 +109,58 @@ def test_a_grant_is_recorded_with_everything_about_it(
 
 
 @pytest.mark.parametrize(
-    ("denial", "action"),
+    "denial",
     [
-        (Denial(403, "x", "no rule", "default", subject="bob"), "tunnel.denied"),
-        (Denial(502, "dns_error", "no such name"), "tunnel.denied"),
-        (Denial(401, "x", "the token is wrong"), "auth.failed"),
+        Denial(403, "x", "no rule", "default", subject="bob"),
+        Denial(502, "dns_error", "no such name"),
     ],
 )
 def test_a_denial_is_recorded_and_leaves_room(
-    audit: TunnelAudit, writer: FakeWriter, worker: Worker, denial: Denial, action: str
+    audit: TunnelAudit, writer: FakeWriter, worker: Worker, denial: Denial
 ) -> None:
     assert audit.decided(worker, asked(), denial) is denial
     ((found, _, rest),) = writer.events
-    assert found == action
+    assert found == "tunnel.denied"
     assert not rest["allowed"]
     assert not rest["is_reserved"]
     assert (rest["subject"], rest["reason"]) == (denial.subject or None, denial.details)
     assert rest["status"] == denial.status
+
+
+def test_what_anybody_can_cause_is_recorded_as_a_refusal(
+    audit: TunnelAudit, writer: FakeWriter, worker: Worker
+) -> None:
+    denial = Denial(401, "x", "the token is wrong")
+    assert audit.decided(worker, asked(), denial) is denial
+    audit.credential_refused(worker, "192.0.2.8")
+    audit.refused(worker, [RefusedRequests("192.0.2.7", 400, "no port", "", 3)])
+    audit.refused_unread(worker, asked(), Denial(429, "x", "too many"))
+    assert not writer.events
+    failed, ping, refused, unread = writer.refusals
+    assert failed == (
+        "auth.failed",
+        "a.example:53",
+        {
+            "source": "192.0.2.9",
+            "status": 401,
+            "reason": "the token is wrong",
+            "subject": "",
+            "rule": "",
+            "tunnel": "s3g2c7t1",
+        },
+    )
+    assert (ping[0], ping[1], ping[2]["source"]) == ("auth.failed", "ping", "192.0.2.8")
+    assert (refused[0], refused[2]["count"], refused[2]["worker"]) == ("tunnel.denied", 3, "s3")
+    assert (unread[0], unread[1], unread[2]["status"]) == ("tunnel.denied", "a.example:53", 429)
+
+
+def test_who_asks_too_often_is_recorded_as_a_refusal(
+    audit: TunnelAudit, writer: FakeWriter, worker: Worker
+) -> None:
+    denial = Denial(429, "connection_limit_reached", "too many", "dns", subject="bob")
+    assert audit.decided(worker, asked(), denial) is denial
+    ((action, _, rest),) = writer.refusals
+    assert (action, rest["subject"], rest["rule"]) == ("tunnel.denied", "bob", "dns")
 
 
 @pytest.mark.parametrize("refuses", [True, False])
@@ -139,6 +187,14 @@ def test_a_newer_credential_is_no_new_tunnel(
     assert writer.actions == ["tunnel.opened", "tunnel.renewed"]
     writer.room = 0
     assert isinstance(audit.decided(worker, asked(address="192.0.2.53"), GRANT), Grant)
+
+
+def test_an_end_tells_what_was_over_a_rate(
+    audit: TunnelAudit, writer: FakeWriter, worker: Worker
+) -> None:
+    limited = msgspec.structs.replace(closed(1), rate_limited=4)
+    audit.closed(worker, ClosedTunnels(1, (limited, closed(2))), lambda _: None)
+    assert [rest.get("rate_limited") for _, _, rest in writer.events] == [4, None]
 
 
 def test_an_end_is_acknowledged_once_it_is_written(
@@ -234,6 +290,23 @@ def test_a_worker_hears_that_its_ends_are_taken(run: Run) -> None:
         assert [said for _, said in stage.sent(ClosedTaken)] == [ClosedTaken(1)]
 
     run(scenario)
+
+
+def test_what_a_worker_refused_by_itself_is_heard(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard: list[tuple[str, int]] = []
+
+    def refused(_: TunnelAudit, worker: Worker, refusals: Any) -> None:
+        heard.extend((each.source, each.count) for each in refusals)
+
+    monkeypatch.setattr(TunnelAudit, "refused", refused)
+
+    async def scenario(stage: Stage) -> None:
+        stage.say(Refusals((RefusedRequests("192.0.2.7", 400, "no port", "", 3),)))
+
+    run(scenario)
+    assert heard == [("192.0.2.7", 3)]
 
 
 def test_decisions_still_reach_the_worker(run: Run) -> None:

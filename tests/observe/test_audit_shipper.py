@@ -13,6 +13,7 @@ import httpx
 import pytest
 
 from tests.observe.audit_place import KEY, Place
+from toppy.observe.audit_position import shipped_path
 from toppy.observe.audit_reader import log_files
 from toppy.observe.audit_shipper import (
     CHECKPOINT_FIELD,
@@ -22,7 +23,6 @@ from toppy.observe.audit_shipper import (
     RefusedByCollectorError,
     RemoteAnswer,
     ShipError,
-    shipped_path,
     verify_remotely,
 )
 from toppy.wire.audit_entry import AuditError, check_checkpoint, parse_checkpoint

@@ -130,3 +130,11 @@ def test_large_counts_are_whole_numbers() -> None:
     )
     value = samples(page)[one("bytes_total", worker="0", direction="to_client")]
     assert int(value) == 2**52 + 1
+
+
+def test_the_end_of_each_certificate_is_shown() -> None:
+    ends = {"server": 1_800_000_000.0, "client_ca": 1_900_000_000.0}
+    shown = samples(render_metrics([], version="1", engine="native", certificates=ends))
+    name = "certificate_expiry_timestamp_seconds"
+    assert shown[one(name, certificate="server")] == 1_800_000_000
+    assert shown[one(name, certificate="client_ca")] == 1_900_000_000

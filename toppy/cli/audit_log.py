@@ -27,8 +27,13 @@ from toppy.client.audit import (
 )
 from toppy.client.settings import load_client_config
 from toppy.config.client import ClientConfig, client_config_path
-from toppy.control.audit_settings import audit_paths, collector_options, signing_key
-from toppy.control.settings import config_path, load_config
+from toppy.control.audit_settings import (
+    SYSTEM_STATE_DIRECTORY,
+    audit_paths,
+    collector_options,
+    signing_key,
+)
+from toppy.control.settings import SYSTEM_CONFIG, config_path, load_config
 from toppy.errors import ConfigError, ToppyError
 from toppy.model.audit_event import AuditAction, parse_facts
 from toppy.observe.audit_reader import (
@@ -125,6 +130,10 @@ def find_gateway_log(
         return read_file(Path(base) / name, key).decode("utf-8", "replace").strip()
 
     paths = audit_paths(section, base, environ) if section is not None else None
+    if paths is None and section is not None and file == Path(SYSTEM_CONFIG):
+        # the service has a state directory; whoever types this command has no variable for it
+        service = audit_paths(section, base, {"STATE_DIRECTORY": SYSTEM_STATE_DIRECTORY})
+        paths = service if service is not None and log_files(service[0]) else None
     if path is not None:
         is_own = paths is not None and paths[0] == path.absolute()
         paths = paths if is_own else (path, checkpoint_path(path))

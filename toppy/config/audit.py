@@ -48,6 +48,18 @@ class AuditSection(Section):
     rotate_interval_s: float = setting(
         86_400.0, "The same once its first entry is so old. 0: never.", ge=0
     )
+    keep_files: int = setting(
+        0,
+        "Of the files that were put away, the newest so many are kept; older ones are deleted. "
+        "0: all. What the collector of `ship_url` does not have is never deleted.",
+        ge=0,
+    )
+    keep_days: float = setting(
+        0.0,
+        "A file that was put away is deleted once its last entry is so old. 0: never. See "
+        "`keep_files`.",
+        ge=0,
+    )
     checkpoint_path: str = setting(
         "",
         "Where signed counts are kept that show when the log's end was cut off: better on another "
@@ -61,6 +73,13 @@ class AuditSection(Section):
     when_full: Literal["refuse", "drop"] = setting(
         "refuse",
         "When so many wait: open no new tunnels (503), or go on and write how many were lost.",
+    )
+    repeat_interval_s: float = setting(
+        60.0,
+        "Failed authentications, and requests that are refused unread, are recorded once per "
+        "source and reason at once, and from then on once in so long with their count.",
+        ge=1,
+        le=3600,
     )
     ship_url: str = setting("", "Entries are sent there too, by HTTP POST. Empty: nowhere.")
     ship_token: SecretStr | None = setting(None, "Bearer token for it.")
@@ -101,4 +120,11 @@ class AuditSection(Section):
             raise ValueError("give signing_key or signing_key_file, not both")
         if self.ship_token is not None and self.ship_token_file:
             raise ValueError("give ship_token or ship_token_file, not both")
+        if (self.keep_files or self.keep_days) and not (
+            self.rotate_bytes or self.rotate_interval_s
+        ):
+            raise ValueError(
+                "keep_files and keep_days delete files that rotation has put away: set "
+                "rotate_bytes or rotate_interval_s, too"
+            )
         return self

@@ -10,11 +10,14 @@ from toppy.config.audit import AuditSection
 from toppy.config.gateway import resolve_path
 from toppy.errors import ConfigError
 from toppy.observe.audit_log import AuditLogOptions
+from toppy.observe.audit_position import shipped_path
 from toppy.observe.audit_reader import checkpoint_path
 from toppy.observe.audit_shipper import CollectorOptions
 from toppy.wire.audit_entry import AuditError, Signer, parse_signing_key
 
 _NAME = "audit.jsonl"
+SYSTEM_STATE_DIRECTORY = "/var/lib/toppy-gw"
+"""What ``systemd/toppy-gw.service`` gives the gateway as ``$STATE_DIRECTORY``."""
 
 ReadSecret = Callable[[str, str], str]
 """The text of a file that a key of the configuration names; raises ``ConfigError``."""
@@ -29,6 +32,7 @@ class AuditSettings:
     collector: CollectorOptions | None = None
     queue_events: int = 10_000
     refuses_when_full: bool = True
+    repeat_interval_s: float = 60.0
 
 
 def audit_paths(
@@ -81,6 +85,7 @@ def audit_settings(
     if paths is None:
         return AuditSettings()
     path, checkpoints = paths
+    collector = collector_options(section, read)
     return AuditSettings(
         path=path,
         options=AuditLogOptions(
@@ -91,10 +96,14 @@ def audit_settings(
             checkpoints=checkpoints,
             checkpoint_entries=section.checkpoint_entries,
             checkpoint_interval_s=section.checkpoint_interval_s,
+            keep_files=section.keep_files,
+            keep_days=section.keep_days,
+            shipped=shipped_path(path) if collector is not None else None,
         ),
-        collector=collector_options(section, read),
+        collector=collector,
         queue_events=section.queue_events,
         refuses_when_full=section.when_full == "refuse",
+        repeat_interval_s=section.repeat_interval_s,
     )
 
 

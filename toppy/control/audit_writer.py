@@ -20,9 +20,11 @@ from toppy.control.audit_settings import AuditSettings
 from toppy.errors import ConfigError
 from toppy.model.audit_event import AuditAction, AuditEvent, Fact, reason_with_facts
 from toppy.observe.audit_log import AuditLog
+from toppy.observe.audit_metrics import AuditMetrics, ShippingMetrics
 from toppy.observe.audit_reader import checkpoint_path
 from toppy.observe.audit_shipper import AuditShipper, Collector
 from toppy.observe.log import get_logger
+from toppy.protocol.refusal_tally import RefusalKind, RefusalTally
 from toppy.wire.audit_entry import AuditError
 
 ACTOR = "toppy-gw"
@@ -33,8 +35,13 @@ _BATCH_EVENTS = 1000
 _RETRY_S = 1.0
 _MAINTENANCE_INTERVAL_S = 1.0
 _CLOSE_DEADLINE_S = 2.0
+_MOST_REFUSAL_KINDS = 100
+"""Sources and reasons that are told apart: two entries each in an interval are below 100 kB."""
 _RESERVED = 2
 """What strangers can cause (denials) gets one of so many parts of the queue and no more."""
+
+_REFUSAL_ACTIONS = {401: AuditAction.AUTH_FAILED}
+"""Every other status is a denial."""
 
 _log = get_logger("audit")
 
@@ -62,6 +69,13 @@ class AuditWriter:
         self.lost_total = 0
         self.problem = ""
         """Why the log cannot be written now; empty: it can."""
+        self._failures = 0
+        """Attempts to write that failed."""
+        self._written_at: float | None = None
+        """Unix time of the last batch that is in the file."""
+        self._tally = RefusalTally(
+            interval_s=settings.repeat_interval_s, most_kinds=_MOST_REFUSAL_KINDS
+        )
         self._is_closing = False
         self._wake_up = asyncio.Event()
         self._ship_wake_up = asyncio.Event()
@@ -154,6 +168,88 @@ class AuditWriter:
         self._wake_up.set()
         return True
 
+    def record_refusal(
+        self,
+        action: AuditAction,
+        target: str,
+        *,
+        source: str,
+        status: int,
+        reason: str,
+        subject: str = "",
+        rule: str = "",
+        count: int = 1,
+        **facts: Fact,
+    ) -> None:
+        """Record what can be caused without end: the first of a source and reason at once, further
+        ones as one entry per ``repeat_interval_s`` with their count.
+        """
+        if not self.is_enabled:
+            return
+        kind = RefusalKind(source, status, reason, subject, rule)
+        told = self._tally.add(kind, target, self._clock(), count)
+        if told is None:
+            return
+        if count > 1:
+            facts["count"] = count
+        self._record_refused(action, target, told, facts, is_reserved=False)
+
+    def _record_refused(
+        self,
+        action: AuditAction,
+        target: str,
+        kind: RefusalKind,
+        facts: dict[str, Any],
+        *,
+        is_reserved: bool,
+    ) -> None:
+        self.record(
+            action,
+            target,
+            actor=kind.source or ACTOR,
+            allowed=False,
+            subject=kind.subject or None,
+            reason=kind.reason,
+            is_reserved=is_reserved,
+            **{**facts, "status": kind.status, **({"rule": kind.rule} if kind.rule else {})},
+        )
+
+    def _record_repeated(self, *, everything: bool = False) -> None:
+        """Their number has a bound, so they may take what room there is."""
+        now = self._clock()
+        due = self._tally.take_due(now, everything=everything)
+        while self.has_room and (each := next(due, None)) is not None:
+            action = _REFUSAL_ACTIONS.get(each.kind.status, AuditAction.TUNNEL_DENIED)
+            seconds = round(max(0.0, now - each.since))
+            facts = {"count": each.count, "seconds": seconds}
+            self._record_refused(action, each.target, each.kind, facts, is_reserved=True)
+
+    def metrics(self) -> AuditMetrics | None:
+        """For ``/metrics``; None: there is no log."""
+        if not self.is_enabled:
+            return None
+        log, shipper = self._log, self._shipper
+        entries = log.seq if log is not None else 0
+        shipping = None
+        if shipper is not None:
+            oldest_ms = shipper.oldest_ms
+            behind_s = self._clock() - oldest_ms / 1000 if oldest_ms is not None else 0.0
+            shipping = ShippingMetrics(
+                backlog=max(0, entries - shipper.position),
+                behind_s=max(0.0, behind_s),
+                failures=shipper.failures_total,
+                last_success=shipper.last_success,
+            )
+        return AuditMetrics(
+            is_writable=not self.problem,
+            entries=entries,
+            waiting=len(self._queue),
+            lost=self.lost_total,
+            failures=self._failures,
+            last_write=self._written_at,
+            shipping=shipping,
+        )
+
     def facts(self) -> dict[str, Any]:
         """For operators."""
         log, shipper = self._log, self._shipper
@@ -177,10 +273,11 @@ class AuditWriter:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(_MAINTENANCE_INTERVAL_S):
                         await self._wake_up.wait()
+            self._record_repeated()
             batch = list(islice(self._queue, _BATCH_EVENTS))
             lost = self._lost
             try:
-                warning = await loop.run_in_executor(self._executor, self._write, batch, lost)
+                told, warning = await loop.run_in_executor(self._executor, self._write, batch, lost)
             except (AuditError, OSError) as error:
                 self._fail(_reason(error))
                 if self._is_closing:
@@ -197,12 +294,13 @@ class AuditWriter:
             elif self.problem:
                 _log.info("the audit log is written again", count=len(self._queue))
                 self.problem = ""
-            if batch:
+            if told:
+                self._written_at = self._clock()
                 self._ship_wake_up.set()
 
-    def _write(self, batch: Sequence[_Waiting], lost: int) -> str:
-        """In the writer's thread. All of the batch is written, or it raises; what else went wrong
-        is returned.
+    def _write(self, batch: Sequence[_Waiting], lost: int) -> tuple[bool, str]:
+        """In the writer's thread. All of the batch is written, or it raises; whether there was
+        anything to write, and what else went wrong, is returned.
         """
         if self._log is None:
             self._log = self._opened()
@@ -223,9 +321,10 @@ class AuditWriter:
                 raise
         try:
             log.maintain()
-        except OSError as error:
-            return _reason(error)
-        return ""
+            retired = log.retire()
+        except (OSError, AuditError) as error:
+            return bool(events), _reason(error)
+        return bool(events or retired), ""
 
     def _release(self) -> None:
         log, self._log = self._log, None
@@ -234,6 +333,7 @@ class AuditWriter:
                 log.close()
 
     def _fail(self, problem: str) -> None:
+        self._failures += 1
         if problem != self.problem:
             _log.error("the audit log cannot be written", reason=problem)
         self.problem = problem
@@ -253,6 +353,7 @@ class AuditWriter:
 
     async def close(self) -> None:
         """Write what waits, within two seconds, and give the log back."""
+        self._record_repeated(everything=True)
         self._is_closing = True
         self._wake_up.set()
         if self.tasks:

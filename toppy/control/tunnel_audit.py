@@ -7,7 +7,7 @@ tunnels it had.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +16,16 @@ from toppy.control.generation import Worker
 from toppy.model.audit_event import AuditAction, Fact
 from toppy.model.grant import Denial, Grant
 from toppy.model.target import Target
-from toppy.wire.ipc_message import AdmissionRequest, ClosedTunnel, ClosedTunnels, LiveTunnel
+from toppy.wire.ipc_message import (
+    AdmissionRequest,
+    ClosedTunnel,
+    ClosedTunnels,
+    LiveTunnel,
+    RefusedRequests,
+)
 
 _UNAUTHENTICATED = 401
+_TOO_MANY = 429
 _NO_RECORD = Denial(
     503,
     "proxy_internal_error",
@@ -70,15 +77,32 @@ class TunnelAudit:
         name = worker.tunnel_name(asked.connection, asked.quarter_stream_id)
         if isinstance(decision, Denial):
             is_stranger = decision.status == _UNAUTHENTICATED
+            if is_stranger or decision.status == _TOO_MANY:
+                audit.record_refusal(
+                    AuditAction.AUTH_FAILED if is_stranger else AuditAction.TUNNEL_DENIED,
+                    target,
+                    source=asked.source,
+                    status=decision.status,
+                    reason=decision.details,
+                    subject=decision.subject,
+                    rule=decision.rule,
+                    tunnel=name,
+                )
+                return decision
             audit.record(
-                AuditAction.AUTH_FAILED if is_stranger else AuditAction.TUNNEL_DENIED,
+                AuditAction.TUNNEL_DENIED,
                 target,
                 actor=asked.source or ACTOR,
                 allowed=False,
                 subject=decision.subject or None,
                 reason=decision.details,
                 is_reserved=False,
-                **_named(tunnel=name, status=decision.status, rule=decision.rule),
+                **_named(
+                    tunnel=name,
+                    protocol=asked.protocol,
+                    status=decision.status,
+                    rule=decision.rule,
+                ),
             )
             return decision
         is_renewal = bool(asked.address) or (asked.connection and name in self._of(worker).open)
@@ -89,6 +113,7 @@ class TunnelAudit:
             subject=decision.subject,
             **_named(
                 tunnel=name,
+                protocol=asked.protocol,
                 rule=decision.rule,
                 revision=decision.revision,
                 addresses=",".join(decision.addresses),
@@ -102,16 +127,40 @@ class TunnelAudit:
             )
         return decision
 
-    def credential_refused(self, worker: Worker) -> None:
+    def credential_refused(self, worker: Worker, source: str) -> None:
         """A ping with a token that is no good."""
-        self.writer.record(
+        self.writer.record_refusal(
             AuditAction.AUTH_FAILED,
             "ping",
-            allowed=False,
+            source=source,
+            status=_UNAUTHENTICATED,
             reason="the token of a ping is not good",
-            is_reserved=False,
             worker=f"s{worker.slot}",
         )
+
+    def refused_unread(self, worker: Worker, asked: AdmissionRequest, denial: Denial) -> None:
+        """Too many tunnels are being opened."""
+        self.writer.record_refusal(
+            AuditAction.TUNNEL_DENIED,
+            str(Target(asked.host, asked.port)),
+            source=asked.source,
+            status=denial.status,
+            reason=denial.details,
+            worker=f"s{worker.slot}",
+        )
+
+    def refused(self, worker: Worker, refusals: Iterable[RefusedRequests]) -> None:
+        """What a worker refused without asking."""
+        for each in refusals:
+            self.writer.record_refusal(
+                AuditAction.TUNNEL_DENIED,
+                each.target,
+                source=each.source,
+                status=each.status,
+                reason=each.reason,
+                count=each.count,
+                worker=f"s{worker.slot}",
+            )
 
     def revoked(self, worker: Worker, tunnel: LiveTunnel, denial: Denial) -> None:
         """A live tunnel is not allowed any more, and is ended."""
@@ -123,6 +172,7 @@ class TunnelAudit:
             reason=denial.details,
             **_named(
                 tunnel=worker.tunnel_name(tunnel.connection, tunnel.quarter_stream_id),
+                protocol=tunnel.protocol,
                 source=tunnel.source,
                 rule=denial.rule,
             ),
@@ -190,6 +240,7 @@ class TunnelAudit:
             on_written=written,
             **_named(
                 tunnel=name,
+                protocol=tunnel.protocol,
                 rule=tunnel.rule,
                 duration_s=round(tunnel.duration_s, 3),
                 bytes_to_target=tunnel.bytes_to_target,
@@ -197,6 +248,7 @@ class TunnelAudit:
                 datagrams_to_target=tunnel.datagrams_to_target,
                 datagrams_to_client=tunnel.datagrams_to_client,
                 drops=tunnel.drops,
+                rate_limited=tunnel.rate_limited or "",
             ),
         )
 

@@ -11,13 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from toppy.model.audit_event import AuditAction, AuditEvent, reason_with_facts
+from toppy.model.audit_event import AuditAction, AuditEvent, Fact, reason_with_facts
+from toppy.observe.audit_position import shipped_seq
 from toppy.observe.audit_reader import (
     checkpoint_path,
     last_checkpoint,
     last_lines,
     lock_path,
     log_files,
+    read_checkpoints,
     rotated_path,
     torn_tail,
 )
@@ -37,7 +39,10 @@ Fsync = Literal["always", "interval", "never"]
 
 _FSYNC_INTERVAL_S = 1.0
 _LOCK_POLL_S = 0.02
+_RETIRE_INTERVAL_S = 60.0
+"""How often it is looked for files that need not be kept; also after each rotation."""
 _FILE_MODE = 0o600
+_DAY_S = 86_400.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +62,12 @@ class AuditLogOptions:
     checkpoint_interval_s: float = 300.0
     """A checkpoint after so many entries, or so long after the first one since the last; and at
     every end of a file or a writer."""
+    keep_files: int = 0
+    """Files that were put away and are kept; 0: all."""
+    keep_days: float = 0.0
+    """A file that was put away is deleted when its last entry is so old; 0: never."""
+    shipped: Path | None = None
+    """How far the collector is: what it does not have is not deleted. None: there is none."""
 
 
 class LockedError(AuditError):
@@ -99,6 +110,8 @@ class AuditLog:
         self._first_seq = 0
         """Of the open file; 0: it has no entry."""
         self._first_ms = 0
+        self._actor = actor
+        self._retired_at: float | None = None
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._lock = _take_lock(lock_path(path), lock_timeout_s)
         try:
@@ -245,6 +258,37 @@ class AuditLog:
             if at_once or is_old or options.fsync == "always":
                 self._sync()
 
+    def retire(self) -> list[AuditEntry]:
+        """Delete files that need not be kept any more; the entries that say so, written before.
+
+        Looks now and then only; call it as often as ``maintain``. Raises ``OSError`` and
+        ``AuditError``.
+        """
+        options, now = self._options, self._clock()
+        if not options.keep_files and not options.keep_days:
+            return []
+        last = self._retired_at
+        if last is not None and 0 <= now - last < _RETIRE_INTERVAL_S:
+            return []
+        self._retired_at = now
+        told: list[AuditEntry] = []
+        for file, facts in files_to_retire(self.path, options, now):
+            event = AuditEvent(
+                self._actor,
+                AuditAction.AUDIT_RETIRED.value,
+                file.name,
+                True,
+                None,
+                reason_with_facts("kept long enough, by setting", facts),
+            )
+            told += self.append([(int(now * 1000), event)])
+            # the log must not have a gap of which it does not know
+            self._sync()
+            file.unlink()
+        if told:
+            _sync_directory(self.path.parent)
+        return told
+
     def close(self) -> None:
         """Bring everything to the disk, and let another writer have the log. Raises ``OSError``."""
         if self._file < 0:
@@ -342,7 +386,40 @@ class AuditLog:
             put_away.rename(self.path)
             raise
         os.close(before)
+        self._retired_at = None
         _sync_directory(self.path.parent)
+
+
+def files_to_retire(
+    path: Path, options: AuditLogOptions, now: float
+) -> list[tuple[Path, dict[str, Fact]]]:
+    """The oldest files of a log, those that need not be kept at ``now`` (Unix time), with facts.
+
+    Never one after a file that must be kept: what is left has no gap. Nor one without a checkpoint
+    of its end, from which those that verify begin. Raises ``OSError`` and ``AuditError``.
+    """
+    away = [file for file in log_files(path) if file != path]
+    found: list[tuple[Path, dict[str, Fact]]] = []
+    anchors: set[int] | None = None
+    taken: int | None = None
+    for number, file in enumerate(away):
+        lines = last_lines(file, 1)
+        if not lines:
+            break
+        last = parse_entry(lines[0])
+        is_beyond = options.keep_files and len(away) - number > options.keep_files
+        is_old = options.keep_days and now - last.unix_ms / 1000 >= options.keep_days * _DAY_S
+        if not is_beyond and not is_old:
+            break
+        if anchors is None:
+            marks = read_checkpoints(options.checkpoints or checkpoint_path(path))
+            anchors = {mark.count for mark in marks}
+            if options.shipped is not None:
+                taken = shipped_seq(path, options.shipped)
+        if last.seq not in anchors or (taken is not None and taken < last.seq):
+            break
+        found.append((file, {"last": last.seq, "by": "keep_files" if is_beyond else "keep_days"}))
+    return found
 
 
 def _parse(path: Path, line: bytes) -> AuditEntry:

@@ -191,8 +191,8 @@ def verify_log(
             raise FileNotFoundError(2, "there is no such log", str(path))
         try:
             return _verify_files(path, files, options)
-        except AuditError:
-            # a file may have been put away meanwhile
+        except (AuditError, FileNotFoundError):
+            # a file may have been put away, or deleted, meanwhile
             if not is_being_written(path) or log_files(path) == files:
                 raise
 
@@ -213,8 +213,17 @@ def _verify_files(path: Path, files: list[Path], options: _Options) -> Verified:
     first = _first_seq(files[0])
     chain = Chain(verifier, unsigned=unsigned, every_signature=every_signature)
     notes: list[str] = []
-    if first > 1 and (mark := marks.at(first - 1)) is not None:
-        # the files before are elsewhere; what they ended with is known
+    if first > 1:
+        mark = marks.at(first - 1)
+        if mark is None:
+            raise AuditLogError(
+                files[0],
+                1,
+                f"seq mismatch: {first} instead of 1, and {checkpoints.name} does not tell how "
+                f"entry {first - 1} ended: bring the files before this one back, or name the "
+                "log's checkpoints with --checkpoints",
+            )
+        # the files before are elsewhere, or were deleted; what they ended with is known
         chain.count, chain.head = mark.count, mark.head
         notes.append(f"entries 1 to {first - 1} are not here; a checkpoint tells how they ended")
     begun_at = chain.count

@@ -13,14 +13,22 @@ import fcntl
 import json
 import os
 import random
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
-import msgspec
 
 from toppy.errors import ToppyError
+from toppy.observe.audit_position import (
+    Position,
+    first_seq,
+    give_to_owner,
+    read_position,
+    shipped_path,
+    write_position,
+)
 from toppy.observe.audit_reader import last_checkpoint, log_files, read_lines
 from toppy.observe.log import get_logger
 from toppy.protocol.backoff import Backoff
@@ -59,19 +67,6 @@ class CollectorOptions:
     """Before the first retry; doubles from then on."""
     batch_size: int = 100
     """Entries of one request, as a JSON array; 1: one entry, as an object."""
-
-
-class _Position(msgspec.Struct, frozen=True):
-    """How far the collector is."""
-
-    seq: int = 0
-    """Of the last entry that it has taken."""
-    hash: str | None = None
-    """That entry's."""
-    first_seq: int = 0
-    """Of that entry's file, whatever it is called by now."""
-    offset: int = 0
-    """Of the next line in it."""
 
 
 class Collector:
@@ -170,7 +165,9 @@ class AuditShipper:
         batch_size: int,
         shipped: Path | None = None,
         checkpoints: Path,
+        clock: Callable[[], float] = time.time,
     ) -> None:
+        self._clock = clock
         self._path = path
         self._collector = collector
         self._batch_size = batch_size
@@ -178,13 +175,18 @@ class AuditShipper:
         self._checkpoints = checkpoints
         self.failures = 0
         """In a row."""
+        self.failures_total = 0
+        self.last_success: float | None = None
+        """Unix time at which the collector last had everything that was there."""
+        self.oldest_ms: int | None = None
+        """Unix time of the oldest entry that the collector is known not to have."""
         self.problem = ""
         """Why the last attempt failed; empty: it did not."""
 
     @property
     def position(self) -> int:
         """The last entry that the collector has taken."""
-        return _read_position(self._shipped).seq
+        return read_position(self._shipped).seq
 
     async def ship_new(self, *, most: int | None = None) -> int:
         """Everything that the collector does not have; how many entries, at most ``most``.
@@ -192,7 +194,7 @@ class AuditShipper:
         Raises ``ShipError``, ``OSError``, ``AuditError``; what was taken until then stays taken.
         """
         with _claim(self._shipped):
-            position = _read_position(self._shipped)
+            position = read_position(self._shipped)
             count = 0
             batch: list[bytes] = []
             size = 0
@@ -222,6 +224,7 @@ class AuditShipper:
                 await self.ship_new()
             except (ShipError, AuditError, OSError) as error:
                 self.failures += 1
+                self.failures_total += 1
                 self.problem = str(error)
                 delay_s = backoff.next_delay_s()
                 if self.failures == 1:
@@ -231,37 +234,39 @@ class AuditShipper:
             if self.failures:
                 _log.info("audit entries are shipped again")
             self.failures, self.problem = 0, ""
+            self.last_success, self.oldest_ms = self._clock(), None
             backoff.reset()
             await wake_up.wait()
 
-    async def _ship(self, batch: list[bytes], reached: _Position) -> int:
+    async def _ship(self, batch: list[bytes], reached: Position) -> int:
+        self.oldest_ms = parse_entry(batch[0]).unix_ms
         body = batch[0] if self._batch_size == 1 else b"[" + b",".join(batch) + b"]"
         headers = {}
         mark = last_checkpoint(self._checkpoints)
         if mark is not None and mark.count <= reached.seq:
             headers[CHECKPOINT_FIELD] = encode_checkpoint(mark).decode()
         await self._collector.post(lambda: body, headers)
-        _write_position(self._shipped, reached)
+        write_position(self._shipped, reached)
         return len(batch)
 
-    def _lines_after(self, position: _Position) -> Iterator[tuple[bytes, _Position]]:
+    def _lines_after(self, position: Position) -> Iterator[tuple[bytes, Position]]:
         """Lines that the collector does not have, and the position after each."""
         seq, head = position.seq, position.hash
         last_seq = 0
         for file in log_files(self._path):
-            first_seq, offset = 0, 0
+            begins_with, offset = 0, 0
             if position.first_seq:
-                first_seq = _first_seq(file)
-                if first_seq and first_seq < position.first_seq:
+                begins_with = first_seq(file)
+                if begins_with and begins_with < position.first_seq:
                     continue  # all of it was taken
-                if first_seq == position.first_seq and _begins_line(file, position.offset):
+                if begins_with == position.first_seq and _begins_line(file, position.offset):
                     offset = position.offset
             for line, is_whole in read_lines(file, offset):
                 if not is_whole:
                     break  # it is being written
                 offset += len(line) + 1
                 entry = parse_entry(line)
-                first_seq = first_seq or entry.seq
+                begins_with = begins_with or entry.seq
                 last_seq = entry.seq
                 if entry.seq <= position.seq:
                     if entry.seq == position.seq and entry.hash != position.hash:
@@ -275,8 +280,8 @@ class AuditShipper:
                 if seq and entry.prev_hash != head:
                     raise self._replaced(seq)
                 seq, head = entry.seq, entry.hash
-                yield line, _Position(seq, head, first_seq, offset)
-            if not last_seq and offset and position.first_seq == first_seq:
+                yield line, Position(seq, head, begins_with, offset)
+            if not last_seq and offset and position.first_seq == begins_with:
                 last_seq = position.seq  # nothing new
         if last_seq < position.seq:
             raise self._replaced(position.seq)
@@ -286,11 +291,6 @@ class AuditShipper:
             f"{self._path} is another log than the one whose first {seq} entries the collector "
             f"has, or was cut; to ship it from its beginning remove {self._shipped}"
         )
-
-
-def shipped_path(path: Path) -> Path:
-    """Where it is kept how far a log's collector is."""
-    return path.with_name(f"{path.name}.shipped")
 
 
 @dataclass(frozen=True, slots=True)
@@ -335,32 +335,6 @@ async def verify_remotely(path: Path, collector: Collector) -> RemoteAnswer:
     return RemoteAnswer(is_ok, message if isinstance(message, str) else "")
 
 
-_positions = msgspec.json.Decoder(_Position)
-
-
-def _read_position(path: Path) -> _Position:
-    try:
-        return _positions.decode(path.read_bytes())
-    except FileNotFoundError:
-        return _Position()
-    except (msgspec.MsgspecError, UnicodeDecodeError):
-        return _Position()  # all of it again: at least once
-
-
-def _write_position(path: Path, position: _Position) -> None:
-    unfinished = path.with_name(f"{path.name}.new")
-    descriptor = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(msgspec.json.encode(position))
-    unfinished.rename(path)
-
-
-def _first_seq(file: Path) -> int:
-    for line, is_whole in read_lines(file):
-        return parse_entry(line).seq if is_whole else 0
-    return 0
-
-
 def _begins_line(file: Path, offset: int) -> bool:
     with file.open("rb") as opened:
         opened.seek(max(offset - 1, 0))
@@ -374,6 +348,7 @@ def _claim(path: Path) -> Iterator[None]:
         path.with_name(f"{path.name}.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600
     )
     try:
+        give_to_owner(lock, path.parent)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -69,7 +69,7 @@ added here."""
 REDACTED: Final = "[redacted]"
 
 _SECRET_NAME = re.compile(
-    r"token|secret|passw|authorization|credential|cookie|jwt|private_key|signing_key|reset_key",
+    r"token|secret|passw|passphrase|authorization|credential|cookie|jwt|private_key|signing_key|reset_key",
     re.IGNORECASE,
 )
 # "Bearer …" as in a header, and anything of a JWT's shape, wherever it stands

@@ -5,7 +5,7 @@ Labels never name a user, a target, an address or a connection: their number has
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -15,6 +15,7 @@ from prometheus_client.registry import Collector
 
 from toppy.model.counters import GRANTED, WorkerCounters
 from toppy.model.drop_reason import DropReason
+from toppy.observe.audit_metrics import AuditCollector, AuditMetrics
 
 _PREFIX: Final = "toppy_gw_"
 _OTHER: Final = "other"
@@ -45,6 +46,21 @@ _COUNTERS: Final[tuple[tuple[str, str, Counted], ...]] = (
         "Packets for another worker whose queue was full, or that was gone.",
         lambda c: c.strays_lost,
     ),
+    (
+        "tcp_tunnels",
+        "TCP tunnels that were opened; they are among the tunnels too.",
+        lambda c: c.tcp_tunnels_total,
+    ),
+    (
+        "protocol_errors",
+        "Tunnels that ended because their client broke the protocol.",
+        lambda c: c.protocol_errors,
+    ),
+    (
+        "capsules_skipped",
+        "Capsules of unknown types that TCP tunnels were sent.",
+        lambda c: c.capsules_skipped,
+    ),
     ("pings", "QUIC pings that were asked (ALPN toppy-ping).", lambda c: c.pings),
     (
         "socket_overflow",
@@ -60,6 +76,7 @@ _COUNTERS: Final[tuple[tuple[str, str, Counted], ...]] = (
 _GAUGES: Final[tuple[tuple[str, str, Counted], ...]] = (
     ("open_connections", "QUIC connections that are open now.", lambda c: c.connections_open),
     ("open_tunnels", "Tunnels that are open now.", lambda c: c.tunnels_open),
+    ("open_tcp_tunnels", "TCP tunnels among them.", lambda c: c.tcp_tunnels_open),
 )
 _LABELLED: Final[tuple[tuple[str, str, str, tuple[tuple[str, Counted], ...]], ...]] = (
     (
@@ -89,6 +106,15 @@ _LABELLED: Final[tuple[tuple[str, str, str, tuple[tuple[str, Counted], ...]], ..
         (("to_target", lambda c: c.bytes_to_target), ("to_client", lambda c: c.bytes_to_client)),
     ),
     (
+        "tcp_bytes",
+        "Bytes of TCP payload relayed.",
+        "direction",
+        (
+            ("to_target", lambda c: c.tcp_bytes_to_target),
+            ("to_client", lambda c: c.tcp_bytes_to_client),
+        ),
+    ),
+    (
         "capsules",
         "UDP payloads relayed in DATAGRAM capsules; they are among the datagrams too.",
         "direction",
@@ -111,12 +137,41 @@ class WorkerSnapshot:
 
 
 def render_metrics(
-    workers: Sequence[WorkerSnapshot], *, version: str, engine: str, worker_deaths: int = 0
+    workers: Sequence[WorkerSnapshot],
+    *,
+    version: str,
+    engine: str,
+    worker_deaths: int = 0,
+    audit: AuditMetrics | None = None,
+    certificates: Mapping[str, float] | None = None,
 ) -> bytes:
     """The page, for ``text/plain; version=0.0.4``."""
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_Snapshots(workers, version, engine, worker_deaths))
+    if audit is not None:
+        registry.register(AuditCollector(audit))
+    registry.register(_Certificates(certificates or {}))
     return generate_latest(registry)
+
+
+class _Certificates(Collector):
+    """When certificates end, by what they are for."""
+
+    def __init__(self, ends: Mapping[str, float]) -> None:
+        self._ends = ends
+
+    def describe(self) -> Iterable[Metric]:
+        return ()
+
+    def collect(self) -> Iterator[Metric]:
+        gauge = GaugeMetricFamily(
+            f"{_PREFIX}certificate_expiry_timestamp_seconds",
+            "Unix time at which a certificate ends.",
+            labels=("certificate",),
+        )
+        for name, end in sorted(self._ends.items()):
+            gauge.add_metric((name,), end)
+        yield gauge
 
 
 class _Snapshots(Collector):
