@@ -15,6 +15,7 @@ from toppy.quic.endpoint import H3_ALPN, PING_ALPN, HeadersReceived
 from toppy.quic.engine import Address, ConnectionClosed
 from toppy.quic.h3 import Headers
 from toppy.wire.connect_udp import DEFAULT_TEMPLATE_PATH, response_headers, validate_request
+from toppy.wire.gateway_facts import GatewayFacts, date_field, diagnostic_fields
 from toppy.wire.proxy_status import encode_proxy_status
 
 TEMPLATE = f"https://gateway.test{DEFAULT_TEMPLATE_PATH}"
@@ -73,8 +74,10 @@ def test_the_echo_comes_back_through_a_tunnel() -> None:
             settings = settings_for(gateway.address)
             async with Probe(settings, [gateway.address], H3_ALPN) as probe:
                 await probe.connect()
-                await probe.open_echo(TEMPLATE)
-                assert await probe.echo() > 0
+                tunnel = await probe.open_echo(TEMPLATE)
+                assert await probe.echo(tunnel) > 0
+                assert probe.local_port == gateway.sources[0][1]
+                assert probe.largest_payload_bytes > 1200
             (asked,) = gateway.of(HeadersReceived)
             assert isinstance(asked, HeadersReceived)
             request = validate_request(asked.headers)
@@ -94,8 +97,7 @@ def test_a_lost_echo_is_sent_again(monkeypatch: pytest.MonkeyPatch) -> None:
             settings = settings_for(gateway.address)
             async with Probe(settings, [gateway.address], H3_ALPN) as probe:
                 await probe.connect()
-                await probe.open_echo(TEMPLATE)
-                await probe.echo()
+                await probe.echo(await probe.open_echo(TEMPLATE))
             assert len(gateway.payloads) >= 3
 
     run(scenario)
@@ -167,5 +169,71 @@ def test_leaving_closes_the_connection() -> None:
             async with Probe(settings, [gateway.address], PING_ALPN) as probe:
                 await probe.connect()
             await gateway.until(lambda: gateway.of(ConnectionClosed))
+
+    run(scenario)
+
+
+def test_several_tunnels_are_told_apart() -> None:
+    async def scenario() -> None:
+        async with LoopbackGateway() as gateway:
+            settings = settings_for(gateway.address)
+            async with Probe(settings, [gateway.address], H3_ALPN) as probe:
+                await probe.connect()
+                first, second = await asyncio.gather(
+                    probe.open_echo(TEMPLATE), probe.open_echo(TEMPLATE)
+                )
+                second.send(b"two")
+                first.send(b"one")
+                assert await first.receive() == (b"one", False)
+                assert await second.receive() == (b"two", False)
+
+    run(scenario)
+
+
+def test_a_payload_in_a_capsule_comes_back_as_the_gateway_sends_it() -> None:
+    async def scenario() -> None:
+        async with LoopbackGateway() as gateway:
+            settings = settings_for(gateway.address)
+            async with Probe(settings, [gateway.address], H3_ALPN) as probe:
+                await probe.connect()
+                tunnel = await probe.open_echo(TEMPLATE)
+                for size in (10, 1200, 1400):
+                    tunnel.send_in_capsule(bytes(size))
+                found = {
+                    len(p): in_capsule for p, in_capsule in [await tunnel.receive() for _ in "123"]
+                }
+                assert found == {10: False, 1200: False, 1400: True}
+
+    run(scenario)
+
+
+def test_what_the_gateway_says_about_itself_is_read() -> None:
+    def respond(_: HeadersReceived) -> tuple[Headers, bool]:
+        facts = diagnostic_fields("9.8.7", "native", ("192.0.2.1", 5))
+        return [*response_headers(200), date_field(1e9), *facts], False
+
+    async def scenario() -> None:
+        async with LoopbackGateway(respond=respond) as gateway:
+            settings = settings_for(gateway.address)
+            async with Probe(settings, [gateway.address], H3_ALPN) as probe:
+                await probe.connect()
+                tunnel = await probe.open_echo(TEMPLATE)
+                assert tunnel.facts == GatewayFacts(1e9, "9.8.7", "native", ("192.0.2.1", 5))
+
+    run(scenario)
+
+
+def test_a_connection_that_ends_ends_every_question() -> None:
+    async def scenario() -> None:
+        async with LoopbackGateway(respond=lambda _: (response_headers(403), True)) as gateway:
+            settings = settings_for(gateway.address)
+            async with Probe(settings, [gateway.address], H3_ALPN) as probe:
+                await probe.connect()
+                (connection,) = gateway.connections
+                gateway.close_connection(connection, "enough")
+                with pytest.raises(ProbeError, match="enough"):
+                    await probe.open_echo(TEMPLATE)
+                with pytest.raises(ProbeError):
+                    await probe.open_echo(TEMPLATE)
 
     run(scenario)
