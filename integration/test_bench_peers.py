@@ -137,7 +137,7 @@ def test_cpu_of_a_forking_peer_is_that_of_its_children_too() -> None:
         assert process.stdin is not None
         assert process.stdout is not None
         process.stdout.readline()
-        watched = peers._WithChildren(process.pid)
+        watched = peers.WithChildren(process.pid)
         living = sum(watched.cpu_times()[:2])
         process.stdin.write("\n\n")
         process.stdin.flush()

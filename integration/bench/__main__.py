@@ -18,7 +18,19 @@ from types import ModuleType
 
 from rich.console import Console
 
-from integration.bench import paths, peers, relay, scale, setup, side_by_side, workers
+from integration.bench import (
+    audit,
+    forward,
+    paths,
+    peers,
+    rates,
+    relay,
+    scale,
+    setup,
+    side_by_side,
+    tcp,
+    workers,
+)
 from integration.bench.figures import Figures
 from integration.bench.quick import measure_quick
 from toppy import __version__
@@ -30,6 +42,10 @@ CASES: dict[str, ModuleType] = {
     "paths": paths,
     "side_by_side": side_by_side,
     "workers": workers,
+    "audit": audit,
+    "forward": forward,
+    "rates": rates,
+    "tcp": tcp,
 }
 _RUNS = 3
 _DOCS = Path(__file__).parents[2] / "docs"

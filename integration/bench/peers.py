@@ -66,7 +66,7 @@ class PeerMissing(Exception):  # noqa: N818  # it is no error: the benchmark nam
     """A peer cannot be started here; the text says why, in words for the report."""
 
 
-class _WithChildren(psutil.Process):
+class WithChildren(psutil.Process):
     """Counts for its children, too: those that live, and those that have ended."""
 
     def cpu_times(self) -> Any:
@@ -121,7 +121,7 @@ def asyncio_udp_relay() -> Iterator[Way]:
 @contextlib.contextmanager
 def socat() -> Iterator[Way]:
     """One hop, nothing encrypted, a process per client."""
-    program = _find_socat()
+    program = find_socat()
     way = _new_way("socat")
     listen = f"UDP4-LISTEN:{way.port},bind={way.host},reuseaddr,fork"
     target = f"UDP4:{way.target_host}:{way.target_port}"
@@ -139,7 +139,7 @@ def masque_go() -> Iterator[Way]:
     way = _new_way("masque-go")
     with tempfile.TemporaryDirectory(prefix="bench-") as name:
         directory = Path(name)
-        _write_certificates(directory)
+        write_certificates(directory)
         port = free_udp_port(HOST)
         # query parameters: braces in a path are wildcards to Go's request multiplexer
         template = f"https://localhost:{port}/masque?h={{target_host}}&p={{target_port}}"
@@ -182,8 +182,8 @@ def sing_box(kind: str, settings: Mapping[str, Any] | None = None) -> Iterator[W
     way = _new_way(f"sing-box {kind}")
     with tempfile.TemporaryDirectory(prefix="bench-") as name:
         directory = Path(name)
-        _write_certificates(directory)
-        server, client = _sing_box_configs(kind, way, directory, settings)
+        write_certificates(directory)
+        server, client = sing_box_configs(kind, way, directory, settings)
         arguments: dict[str, Sequence[str | Path]] = {}
         for role, config in (("gateway", server), ("client", client)):
             path = directory / f"{role}.json"
@@ -215,7 +215,9 @@ def versions() -> dict[str, str]:
         "aioquic": metadata.version("aioquic"),
     }
     with contextlib.suppress(PeerMissing):
-        found["socat"] = _first_line([_find_socat(), "-V"], containing="socat version").split()[2]
+        found["socat"] = _first_line([find_socat(), "-V"], containing="socat version").split()[2]
+    with contextlib.suppress(PeerMissing):
+        found["haproxy"] = _first_line([find_haproxy(), "-v"]).split()[2]
     with contextlib.suppress(PeerMissing):
         found["sing-box"] = _first_line([find_sing_box(), "version"]).split()[-1]
     if _masque_go_path().exists():
@@ -280,7 +282,16 @@ def _go(arguments: Sequence[str], seconds: float) -> str:
     return done.stdout
 
 
-def _find_socat() -> Path:
+def find_haproxy() -> Path:
+    """The program, which Debian puts where only root looks. Raises ``PeerMissing``."""
+    program = shutil.which("haproxy", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
+    if program is None:
+        raise PeerMissing("haproxy is not installed")
+    return Path(program)
+
+
+def find_socat() -> Path:
+    """The program. Raises ``PeerMissing``."""
     program = shutil.which("socat")
     if program is None:
         raise PeerMissing("socat is not installed")
@@ -292,7 +303,7 @@ def _first_line(arguments: Sequence[str | Path], *, containing: str = "") -> str
     return next(line for line in done.stdout.splitlines() if containing in line)
 
 
-def _write_certificates(directory: Path) -> None:
+def write_certificates(directory: Path) -> None:
     """``ca.pem``, and a certificate of its for localhost."""
     ca = make_ca()
     server = issue_server_certificate(ca, ["localhost", HOST])
@@ -303,9 +314,10 @@ def _write_certificates(directory: Path) -> None:
     key.write_bytes(server.key_pem)
 
 
-def _sing_box_configs(
-    kind: str, way: Way, directory: Path, settings: Mapping[str, Any]
+def sing_box_configs(
+    kind: str, way: Way, directory: Path, settings: Mapping[str, Any], *, network: str = "udp"
 ) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Server's and client's; ``directory`` has the certificates, ``network`` is "udp" or "tcp"."""
     port = free_udp_port(HOST)
     user = {"password": secrets.token_urlsafe()}
     if kind == "tuic":
@@ -338,7 +350,7 @@ def _sing_box_configs(
                 "type": "direct",
                 "listen": way.host,
                 "listen_port": way.port,
-                "network": "udp",
+                "network": network,
                 "override_address": way.target_host,
                 "override_port": way.target_port,
             }
@@ -378,7 +390,7 @@ def _running_all(way: Way, arguments: Mapping[str, Sequence[str | Path]]) -> Ite
         _wait_until_open(way, runnings)
         yield replace(
             way,
-            processes={role: (_WithChildren(running.pid),) for role, running in runnings.items()},
+            processes={role: (WithChildren(running.pid),) for role, running in runnings.items()},
         )
 
 
@@ -404,11 +416,12 @@ def _wait_until_open(way: Way, runnings: Mapping[str, Running]) -> None:
                     while True:
                         target.recv(64)
                 return
-    said = "; ".join(f"{role}: {_last_words(running)}" for role, running in runnings.items())
+    said = "; ".join(f"{role}: {last_words(running)}" for role, running in runnings.items())
     raise PeerMissing(f"{way.name} was started, but no datagram came through ({said})")
 
 
-def _last_words(running: Running) -> str:
+def last_words(running: Running) -> str:
+    """How it is with a process, for people."""
     lines = running.output().strip().splitlines()
     ended = running.process.poll()
     state = "runs" if ended is None else f"ended with {ended}"
