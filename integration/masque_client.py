@@ -77,6 +77,10 @@ class ClosedError(Exception):
     """The tunnel or its connection ended while a test waited for something."""
 
 
+class NoStreamError(AssertionError):
+    """There is no room for one more request now."""
+
+
 @dataclass(frozen=True, slots=True)
 class Answer:
     """Status and fields of a response."""
@@ -292,7 +296,8 @@ class EngineClient:
 
     def request(self, headers: HeaderList) -> Tunnel:
         stream_id = self.endpoint.send_request(self.connection, headers)
-        assert stream_id is not None, "the gateway allows no more streams"
+        if stream_id is None:
+            raise NoStreamError("the gateway allows no more streams")
         tunnel = self.tunnels[stream_id] = Tunnel(self, stream_id)
         if self.closed.done():
             tunnel.ended(self.closed.result())

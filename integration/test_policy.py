@@ -243,14 +243,14 @@ def test_a_name_that_points_at_the_gateway_leads_nowhere(
     # a rule names that address, and still the gateway is no target of its own
     for host in ("self.example.test", "127.0.0.1"):
         answer = answer_for(gateway, host, gateway.port, token("alice"))
-        assert answer.status == 403
+        assert answer.status == 508
         word = answer.proxy_status
-        assert (word.error, word.rule) == ("destination_ip_prohibited", "default")
+        assert (word.error, word.rule) == ("proxy_loop_detected", "")
         assert "127.0.0.1 is the gateway itself" in word.details
         facts = checked(
             gateway, "--subject", "alice", "--target", f"{host}:{gateway.port}", "--explain"
         )
-        assert (facts["rule"], facts["reason"]) == (word.rule, word.details)
+        assert (facts["rule"], facts["reason"]) == ("default", word.details)
     health = f"self.example.test:{gateway.health_port}"
     said = checked(gateway, "--subject", "alice", "--protocol", "tcp", "--target", health)
     assert (said["allowed"], said["rule"]) == (False, "default")

@@ -179,24 +179,24 @@ def test_a_bad_request_leaves_the_connection_and_its_tunnels_alone(
 
 
 @pytest.mark.parametrize(
-    ("field", "value"),
+    ("field", "value", "status"),
     [
-        (b":method", b"GET"),
-        (b":protocol", b"connect-ip"),
-        (b":protocol", b"websocket"),
-        (b":path", b"/"),
-        (b":path", b"/.well-known/masque/tcp/127.0.0.1/53/"),
-        (b":path", b"/.well-known/masque/udpx/127.0.0.1/53/"),
+        (b":method", b"GET", 404),
+        (b":protocol", b"connect-ip", 501),
+        (b":protocol", b"websocket", 501),
+        (b":path", b"/", 404),
+        (b":path", b"/.well-known/masque/tcp/127.0.0.1/53/", 404),
+        (b":path", b"/.well-known/masque/udpx/127.0.0.1/53/", 404),
     ],
 )
-def test_anything_else_than_a_udp_tunnel_is_404(
-    gateway: Gateway, field: bytes, value: bytes
+def test_anything_else_than_a_tunnel_is_404_and_an_unknown_protocol_501(
+    gateway: Gateway, field: bytes, value: bytes, status: int
 ) -> None:
     async def scenario() -> None:
         async with connected_engine(gateway) as client:
             headers = headers_for(client, "/.well-known/masque/udp/127.0.0.1/5353/")
             changed = [(n, value if n == field else v) for n, v in headers]
-            assert (await client.request(changed).answer()).status == 404
+            assert (await client.request(changed).answer()).status == status
 
     run(scenario())
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from toppy.config.gateway import OidcSection, parse_gateway_config
+from toppy.config.authentication import OidcSection
+from toppy.config.gateway import parse_gateway_config
 from toppy.errors import ConfigError
 
 GOOD = '[auth.oidc]\nissuer = "https://login.example/realm"\naudience = "urn:gw"\n'
@@ -56,3 +57,26 @@ def test_an_issuer_on_loopback_may_do_without_tls(host: str) -> None:
 def test_what_is_not_safe_or_not_whole_is_refused(text: str, why: str) -> None:
     with pytest.raises(ConfigError, match=why):
         section(text)
+
+
+JWT = '[auth.jwt]\nsecret = "a secret of at least thirty-two bytes!"\n'
+
+
+def both(jwt: str, oidc: str) -> str:
+    return f'{JWT}subject_prefix = "{jwt}"\n{GOOD}subject_prefix = "{oidc}"\n'
+
+
+@pytest.mark.parametrize(("jwt", "oidc"), [("", ""), ("a:", "a:"), ("a", ""), ("", "cert:")])
+def test_two_issuers_must_not_name_their_subjects_alike(jwt: str, oidc: str) -> None:
+    with pytest.raises(ConfigError, match="subject_prefix"):
+        parse_gateway_config(both(jwt, oidc), "gateway.toml", {})
+
+
+@pytest.mark.parametrize(("jwt", "oidc"), [("", "staff:"), ("services/", ""), ("a:", "b:")])
+def test_a_prefix_keeps_two_issuers_apart(jwt: str, oidc: str) -> None:
+    auth = parse_gateway_config(both(jwt, oidc), "gateway.toml", {}).config.auth
+    assert (auth.jwt.subject_prefix, auth.oidc.subject_prefix) == (jwt, oidc)
+
+
+def test_one_issuer_needs_no_prefix() -> None:
+    assert section(GOOD).subject_prefix == ""

@@ -80,6 +80,8 @@ def test_networks_are_read_as_they_are_written(networks: list[PolicyRule]) -> No
         {"host": "*.*.example"},
         {"host": "a*.example"},
         {"host": "https://a"},
+        {"host": "192.0.2.1"},
+        {"host": ["a.example", "192.0.2.1."]},
         {"host": 5},
         {"host": {"a": 1}},
         {"ports": 0},
@@ -151,3 +153,16 @@ def test_a_client_rule_only_allows() -> None:
     text = 'gateway = "g"\n[[policy.allow]]\naction = "deny"\ncidr = "10.0.0.0/8"\nports = 1\n'
     with pytest.raises(ConfigError, match="only allow"):
         parse_client_config(text, "f", {})
+
+
+def test_a_proxy_header_is_for_rules_that_allow_tcp_at_the_gateway() -> None:
+    base = {"action": "allow", "proxy_protocol": "v2"}
+    assert PolicyRule.model_validate(base).proxy_protocol == "v2"
+    assert PolicyRule.model_validate({**base, "protocol": ["udp", "tcp"]}).proxy_protocol == "v2"
+    for changes, text in (
+        ({"protocol": "udp"}, "is for TCP"),
+        ({"action": "deny"}, "a deny rule lets nothing through"),
+        ({"proxy_protocol": "v1"}, "v2"),
+    ):
+        with pytest.raises(ValidationError, match=text):
+            PolicyRule.model_validate({**base, **changes})

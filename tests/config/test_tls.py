@@ -119,3 +119,19 @@ class TestAsCredentials:
     def test_half_a_table_is_refused(self, text: Any) -> None:
         with pytest.raises(ConfigError):
             parse('client_ca = "ca.pem"', f"[auth.client_certificate]\n{text}")
+
+    @pytest.mark.parametrize("table", ['rules]]\naction = "deny"', 'roles]]\nrole = "r"'])
+    def test_a_host_name_that_no_certificate_can_have_is_refused(self, table: str) -> None:
+        with pytest.raises(ConfigError, match="write 'cert:bob'"):
+            parse(auth=f'[[policy.{table}\nsubjects = ["x", "cert:Bob"]\n')
+
+    @pytest.mark.parametrize("subject", ["cert:bob", "cert:Bob@b.example", "cert:urn:x:Bob", "Bob"])
+    def test_other_names_keep_their_case(self, subject: str) -> None:
+        parse(auth=f'[[policy.rules]]\naction = "deny"\nsubjects = ["{subject}"]\n')
+
+    def test_common_names_keep_their_case(self) -> None:
+        parse(
+            PAIR + 'client_ca = "ca.pem"\n',
+            '[auth.client_certificate]\naccept = true\nname_from = "common_name"\n'
+            '[[policy.rules]]\naction = "deny"\nsubjects = "cert:Bob"\n',
+        )

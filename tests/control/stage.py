@@ -144,11 +144,21 @@ class FakeAdmission:
         self.asked: list[AdmissionRequest] = []
         self.denied: Denial | None = None
         """What live tunnels are cut for."""
+        self.renamed: dict[str, str] = {}
+        """Rules that have another name now."""
+        self.windows: tuple[bool, ...] = ()
+        """Which rules with times hold now."""
+
+    def open_windows(self) -> tuple[bool, ...]:
+        return self.windows
 
     def recheck(self, _: LiveTunnel) -> Denial | None:
         return self.denied
 
-    def is_valid(self, authorization: str | None) -> bool:
+    def rule_of(self, tunnel: LiveTunnel) -> str:
+        return self.renamed.get(tunnel.rule, tunnel.rule)
+
+    def is_valid(self, authorization: str | None, _: object = None) -> bool:
         return authorization == "right"
 
     async def decide(self, request: AdmissionRequest) -> Grant | Denial:
@@ -215,7 +225,7 @@ class Stage:
     def bring_up(self, *slots: int) -> None:
         for slot in slots or (0,):
             self.greet(slot)
-            self.say(Ready("native"), slot)
+            self.say(Ready("native", has_meters=True), slot)
 
     def report(self, counters: WorkerCounters, slot: int = 0) -> None:
         worker = self.worker(slot)

@@ -45,6 +45,10 @@ def authorize(
         ("::", "192.0.2.1", False),
         ("::1", "127.0.0.1", False),
         ("::ffff:127.0.0.1", "127.0.0.1", True),
+        ("127.0.0.1", "0.0.0.0", True),
+        ("::1", "::", True),
+        ("192.0.2.1", "0.0.0.0", False),
+        ("::1", "0.0.0.0", False),
     ],
 )
 def test_a_service_is_found_at_every_address_that_reaches_it(
@@ -56,6 +60,7 @@ def test_a_service_is_found_at_every_address_that_reaches_it(
     if is_own:
         assert (found.decision.rule, found.decision.category) == ("default", "the gateway itself")
         assert "is not allowed" in found.decision.reason
+    assert found.is_loop is is_own
 
 
 @pytest.mark.parametrize(("port", "protocol"), [(4434, "udp"), (4433, "tcp"), (8080, "udp")])
@@ -82,6 +87,7 @@ def test_a_rule_that_denies_is_named_first() -> None:
     service = OwnService("udp", "127.0.0.1", 4433)
     found = authorize(Target("127.0.0.1", 4433), service, rules=(EVERYTHING, deny))
     assert found.decision.rule == "no"
+    assert not found.is_loop  # who may not go there learns nothing about what is there
 
 
 def test_services_are_where_the_gateway_listens() -> None:

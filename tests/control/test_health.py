@@ -23,7 +23,11 @@ def serve(
         sock = socket.socket()
         sock.bind(("127.0.0.1", 0))
         sock.listen()
-        app = health_app(lambda: is_healthy, lambda: b"toppy_gw_pings_total 1.0\n")
+        app = health_app(
+            lambda: is_healthy,
+            lambda: b"toppy_gw_pings_total 1.0\n",
+            lambda: {"certificate_days_left": 12},
+        )
         serving = asyncio.create_task(serve_http(app, sock))
         try:
             async with asyncio.timeout(10):
@@ -49,6 +53,14 @@ def test_a_healthy_gateway_says_ok() -> None:
         assert answer.headers["content-type"] == "application/json"
         assert answer.headers["cache-control"] == "no-store"
         assert "server" not in answer.headers
+
+    serve(scenario)
+
+
+def test_who_asks_for_more_is_told_how_long_the_certificate_lasts() -> None:
+    async def scenario(port: int) -> None:
+        answer = await get(port, "/healthz?verbose")
+        assert answer.json() == {"status": "ok", "certificate_days_left": 12}
 
     serve(scenario)
 

@@ -170,5 +170,5 @@ def test_the_mode_of_a_credential_is_systemds_affair(
     (directory / "token").chmod(0o440)
     (warning,) = load_settings(directory / "gateway.toml", {}).warnings
     assert "can be read by others" in warning
-    monkeypatch.setattr("toppy.control.settings._CREDENTIALS", directory)
+    monkeypatch.setattr("toppy.system.files._CLOSED_DIRECTORIES", (directory,))
     assert load_settings(directory / "gateway.toml", {}).warnings == ()

@@ -169,8 +169,39 @@ def test_a_budget_without_tunnels_is_told_once_more_and_forgotten() -> None:
     limited.take_datagrams(100, 0, 0.0)
     meters.detach(A)
     assert demands(meters)["rule"] == BudgetDemand("rule", 0, 100, 100, 0, 1, 0)
-    assert meters.budgets == 0
     assert demands(meters) == {}
+    meters.change([], 0.1)  # what was taken has come back
+    assert demands(meters) == {}
+    assert meters.budgets == 0
+
+
+def test_closing_a_tunnel_and_opening_another_gains_no_burst() -> None:
+    meters = Meters()
+    budget = Budget("rule", to_target=byte_limit(100, 1000), to_client=byte_limit(100, 1000))
+    passed = 0
+    for second in range(20):
+        limited = to_target(meters, A, shared(budget), float(second))
+        passed += limited.take_bytes(9999, float(second))
+        meters.detach(A)
+        demands(meters)
+    assert passed == 1000 + 100 * 19
+    # alone with it or not, what is left of the other direction is full
+    later = meters.attach(A, shared(budget), 30.0)
+    assert later is not None
+    assert later.to_client is not None
+    assert later.to_client.room(9999, 30.0) == 1000
+
+
+def test_idle_budgets_are_remembered_up_to_a_bound() -> None:
+    meters = Meters(most_idle=2)
+    for name in ("one", "two", "three"):
+        limited = to_target(meters, A, shared(Budget(name, to_target=byte_limit(100, 1000))))
+        limited.take_bytes(1000, 0.0)
+        meters.detach(A)
+    demands(meters)
+    assert meters.budgets == 2
+    again = to_target(meters, A, shared(Budget("three", to_target=byte_limit(100, 1000))))
+    assert again.room(9999, 0.0) == 0
 
 
 def test_only_what_is_new_is_told() -> None:

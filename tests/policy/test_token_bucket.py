@@ -129,3 +129,11 @@ def test_another_rate_holds_from_then_on_and_keeps_what_was_gained() -> None:
     assert bucket.available(2.0) == 50
     with pytest.raises(LocalError):
         bucket.change(0, 50, 2.0)
+
+
+def test_a_bucket_is_full_until_something_is_taken_and_when_it_has_come_back() -> None:
+    bucket = TokenBucket(100, 1000, 0.0)
+    assert bucket.is_full(0.0)
+    bucket.take(50, 0.0)
+    assert not bucket.is_full(0.4)
+    assert bucket.is_full(0.5)

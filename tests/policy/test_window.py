@@ -104,6 +104,13 @@ def test_a_time_that_the_clocks_skip_is_the_one_that_they_show_then() -> None:
     assert late.next_change(at("2026-03-29T01:30:00")) == at("2026-03-29T03:00:00")
 
 
+def test_a_week_whose_only_time_the_clocks_skip_does_not_close_it_for_ever() -> None:
+    night = window(days="sun", hours="02:30-03:15", zone=BERLIN)
+    assert not night.is_open(at("2026-03-23T12:00"))
+    assert night.next_change(at("2026-03-23T12:00")) == at("2026-04-05T00:30")
+    assert night.is_open(at("2026-04-05T00:45"))
+
+
 def test_a_time_that_comes_twice_is_the_first_one() -> None:
     early = window(hours="01:00-02:30", zone=BERLIN)
     assert early.is_open(at("2026-10-25T00:29:59"))  # 02:29:59, summer time

@@ -12,12 +12,14 @@ from hypothesis import strategies as st
 
 from toppy.model.counters import WorkerCounters
 from toppy.model.grant import Denial, Grant
+from toppy.model.rate import Budget, DirectionLimits, Rate, TunnelLimits
 from toppy.wire.ipc_message import (
     MAX_MESSAGE_BYTES,
     PROTOCOL,
     SETTINGS_LENGTH,
     AdmissionRequest,
     Admitted,
+    BudgetUse,
     ClosedTaken,
     ClosedTunnel,
     ClosedTunnels,
@@ -33,11 +35,15 @@ from toppy.wire.ipc_message import (
     Owners,
     Ready,
     Report,
+    SetBudgets,
+    SetLimits,
     SetLogLevel,
     Stop,
     TokenAnswer,
     TokenRequest,
+    TunnelChange,
     TunnelPage,
+    Usage,
     WorkerSettings,
     encode_message,
     encode_settings,
@@ -108,8 +114,16 @@ FROM_WORKER = [
         ),
         lost=6,
     ),
+    Usage(8, (BudgetUse("web\0", 1, 2, 3, 4, 5, 6),)),
 ]
+ONE_WAY = DirectionLimits(Rate(1000, 2000), Rate(5, 5))
+BUDGET = Budget("web\0alice", to_client=ONE_WAY, quota_left=-1)
 TO_WORKER = [
+    Admitted(
+        4,
+        Grant((), 7, "alice", "web", 1, limits=TunnelLimits(ONE_WAY, (BUDGET,))),
+        None,
+    ),
     Admitted(1, Grant(("192.0.2.1",), 53, "alice", "rule 1", 1, expires_at=5.5), None),
     Admitted(2, None, Denial(403, "http_request_denied", "no rule allows it", "default")),
     TokenAnswer(request=3, is_valid=True),
@@ -120,6 +134,8 @@ TO_WORKER = [
     ListConnections(request=6),
     CloseTunnels(((1, 2), (3, 4)), Denial(403, "http_request_denied", "denied", "rule")),
     SetLogLevel("debug"),
+    SetBudgets((BUDGET,)),
+    SetLimits((TunnelChange(1, 2, "web", TunnelLimits(ONE_WAY, (BUDGET,))),)),
     ClosedTaken(7),
 ]
 REPORT = Report(

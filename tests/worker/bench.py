@@ -5,6 +5,7 @@ targets that do as the test says.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeVar, cast
 
@@ -38,16 +39,23 @@ from toppy.wire.ipc_message import (
     TokenRequest,
 )
 from toppy.worker.router import Router
-from toppy.worker.tunnel import RouterLimits, Tunnel
+from toppy.worker.tcp_relay import TcpFlow
+from toppy.worker.tunnel import RouterLimits
+from toppy.worker.udp_relay import UdpFlow
 
 E = TypeVar("E")
 UNIX_NOW = 1_700_000_000.0
 LIMITS = RouterLimits(
     max_tunnels_per_connection=3,
     max_failed_auth_per_connection=3,
+    max_failed_auth_per_source_per_min=60,
     max_pending_admissions=5,
     admission_timeout_s=10.0,
     tunnel_idle_timeout_s=120.0,
+    tcp_idle_timeout_s=7200.0,
+    tcp_connect_timeout_s=10.0,
+    tcp_max_connecting=3,
+    tcp_max_connecting_per_connection=2,
     early_datagrams_per_tunnel=4,
     early_bytes_per_tunnel=5000,
     capsule_queue_bytes=100_000,
@@ -61,7 +69,7 @@ DENIAL = Denial(403, "http_request_denied", "not allowed", "default")
 class FakeTarget:
     """Keeps what is sent; ``results`` are its next answers, then SENT."""
 
-    def __init__(self, tunnel: Tunnel, grant: Grant) -> None:
+    def __init__(self, tunnel: UdpFlow, grant: Grant) -> None:
         self.tunnel = tunnel
         self.grant = grant
         self.sent: list[bytes] = []
@@ -86,28 +94,95 @@ class FakeTarget:
 
 
 @dataclass
+class FakeConnecting:
+    """An attempt to reach a TCP target."""
+
+    flow: TcpFlow
+    grant: Grant
+    is_cancelled: bool = False
+
+    def cancel(self) -> None:
+        self.is_cancelled = True
+
+
+class FakeTcpTarget:
+    """Keeps what is written; takes ``room`` bytes, then no more until ``drain``."""
+
+    def __init__(self, flow: TcpFlow, room: int = 1 << 30) -> None:
+        self.flow = flow
+        self.written = bytearray()
+        self.room = room
+        self.unsent_bytes = 0
+        self.is_reading = False
+        self.events: list[str] = []
+
+    def write(self, pieces: Sequence[Buffer]) -> None:
+        for piece in pieces:
+            self.written += piece
+        self.unsent_bytes = max(0, len(self.written) - self.room)
+
+    def drain(self) -> None:
+        """The target reads everything."""
+        self.room = 1 << 30
+        self.unsent_bytes = 0
+
+    def finish(self) -> bool:
+        self.events.append("finish")
+        return True
+
+    def pause(self) -> None:
+        self.is_reading = False
+
+    def resume(self) -> None:
+        self.is_reading = True
+
+    def close(self) -> None:
+        self.events.append("close")
+
+    def reset(self) -> None:
+        self.events.append("reset")
+
+
+@dataclass
 class FakeShell:
     """The control plane and the network behind the worker."""
 
     asked: list[AdmissionRequest | TokenRequest] = field(default_factory=list)
     can_ask: bool = True
+    time: float = 0.0
     targets: list[FakeTarget] = field(default_factory=list)
     failure: TargetError | None = None
+    connecting: list[FakeConnecting] = field(default_factory=list)
     closed: list[ClosedTunnel] = field(default_factory=list)
+    refusals: list[tuple[str, str, int, str]] = field(default_factory=list)
 
     def tunnel_closed(self, tunnel: ClosedTunnel) -> None:
         self.closed.append(tunnel)
+
+    def refused(self, source: str, target: str, denial: Denial) -> None:
+        self.refusals.append((source, target, denial.status, denial.details))
 
     def ask(self, message: AdmissionRequest | TokenRequest) -> bool:
         if self.can_ask:
             self.asked.append(message)
         return self.can_ask
 
-    def open_target(self, tunnel: Tunnel, grant: Grant) -> FakeTarget:
+    def open_udp(self, tunnel: UdpFlow, grant: Grant) -> FakeTarget:
         if self.failure is not None:
             raise self.failure
         self.targets.append(FakeTarget(tunnel, grant))
         return self.targets[-1]
+
+    def flush(self) -> None:
+        pass
+
+    def now(self) -> float:
+        return self.time
+
+    def connect_tcp(self, flow: TcpFlow, grant: Grant, timeout_s: float) -> FakeConnecting:
+        assert timeout_s == LIMITS.tcp_connect_timeout_s
+        self.connecting.append(FakeConnecting(flow, grant))
+        return self.connecting[-1]
 
 
 class _Node:

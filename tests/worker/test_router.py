@@ -72,6 +72,7 @@ def test_a_grant_opens_the_target_and_answers_200(bench: Bench) -> None:
         "capsule-protocol": "?1",
         "toppy-barrier": "?1",
         "toppy-renewal": "?1",
+        "proxy-status": 'toppy-gw; next-hop="192.0.2.53"',
     }
     assert bench.target.grant is GRANT
     counters = bench.router.snapshot()
@@ -604,7 +605,7 @@ def test_a_ping_is_answered_as_the_control_plane_says(
     bench = Bench(engine, alpn=PING_ALPN)
     stream_id = said(bench, b"pi", b"ng tok", b"en")
     (question,) = bench.shell.asked
-    assert question == TokenRequest(request=1, authorization="token")
+    assert question == TokenRequest(request=1, authorization="token", source=CLIENT[0])
     assert bench.raw(stream_id) == b""
     bench.answer_token(is_valid=is_valid)
     assert bench.raw(stream_id) == answer
@@ -614,7 +615,7 @@ def test_a_ping_is_answered_as_the_control_plane_says(
 def test_a_ping_without_a_token_is_asked_about_too(engine: str) -> None:
     bench = Bench(engine, alpn=PING_ALPN)
     said(bench, b"ping")
-    assert bench.shell.asked == [TokenRequest(request=1, authorization=None)]
+    assert bench.shell.asked == [TokenRequest(request=1, authorization=None, source=CLIENT[0])]
 
 
 @pytest.mark.parametrize("word", [b"", b"pong token", b"PING token", b"\xff\xfe", b"token"])

@@ -8,6 +8,7 @@ import pytest
 
 from tests.worker.bench import DENIAL, GRANT, LIMITS, UNIX_NOW, Bench
 from toppy.errors import TargetError
+from toppy.model.target import Target
 from toppy.net.udp_socket import SendResult
 from toppy.wire.ipc_message import AdmissionRequest, ClosedTunnel
 
@@ -71,6 +72,20 @@ def test_each_way_to_end_has_its_reason(bench: Bench) -> None:
     bench.open(grant=replace(GRANT, expires_at=UNIX_NOW + 1))
     bench.router.tick(bench.link.now, UNIX_NOW + 2)
     assert reason() == "its credential expired"
+
+
+def test_a_tunnel_whose_rules_time_is_over_is_cut_with_the_rules_name(bench: Bench) -> None:
+    bench.open(grant=replace(GRANT, expires_at=UNIX_NOW + 1, ends_with_rule=True))
+    asked = bench.shell.asked[0]
+    assert isinstance(asked, AdmissionRequest)
+    bench.router.tick(bench.link.now, UNIX_NOW + 0.5)
+    assert bench.shell.closed == []
+    bench.router.tick(bench.link.now, UNIX_NOW + 1)
+    target = Target(asked.host, asked.port)
+    assert only(bench).reason == (
+        f"target {target} is not allowed any more: the time of {GRANT.rule!r} is over"
+    )
+    assert bench.router.counters.tunnels_cut == 1
 
 
 def test_a_tunnel_that_is_cut_says_what_its_client_is_told(bench: Bench) -> None:

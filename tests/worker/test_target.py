@@ -7,21 +7,33 @@ import contextlib
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import cast
 
 import pytest
 
 from toppy.errors import TargetError
 from toppy.model.grant import Grant
+from toppy.net.stream_relay import ByteSocket
 from toppy.net.udp_socket import SendResult
 from toppy.protocol.udp_tunnel import Buffer, UdpTunnel
 from toppy.wire.ipc_message import AdmissionRequest
-from toppy.worker.target import UdpTarget, open_udp_target
-from toppy.worker.tunnel import Tunnel
+from toppy.wire.proxy_protocol import encode_proxy_header
+from toppy.worker.target import UdpTarget, connect_tcp_target, open_udp_target
+from toppy.worker.tcp_relay import TcpFlow
+from toppy.worker.udp_relay import UdpFlow, UdpRelay
 
 
-def tunnel() -> Tunnel:
+def descriptors() -> int:
+    """Open in this process."""
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def tunnel() -> UdpFlow:
     request = AdmissionRequest(1, None, "target.example", 53, "udp", False, "")
-    return Tunnel(1, 0, UdpTunnel(hold_datagrams=0, hold_bytes=0), request, now=0.0)
+    return UdpFlow(
+        cast(UdpRelay, None), 1, 0, UdpTunnel(hold_datagrams=0, hold_bytes=0), request, now=0.0
+    )
 
 
 @dataclass
@@ -32,7 +44,7 @@ class Heard:
     done: int = 0
     news: asyncio.Event = field(default_factory=asyncio.Event)
 
-    def received(self, _: Tunnel, payloads: Buffer, segment_size: int, now: float) -> None:
+    def received(self, _: UdpFlow, payloads: Buffer, segment_size: int, now: float) -> None:
         assert now > 0
         self.payloads.append((bytes(payloads), segment_size))
 
@@ -151,5 +163,129 @@ def test_a_refusing_target_is_reported_and_can_recover() -> None:
         assert results <= {SendResult.SENT, SendResult.UNREACHABLE}
         assert SendResult.UNREACHABLE in results
         target.close()
+
+    asyncio.run(scenario())
+
+
+@dataclass
+class FakeFlow:
+    """What ``connect_tcp_target`` needs of a flow."""
+
+    relay: object = None
+    meter: None = None
+    outcome: asyncio.Future[ByteSocket | TargetError] = field(
+        default_factory=lambda: asyncio.get_running_loop().create_future()
+    )
+    address: str = ""
+
+    def connected(self, sock: ByteSocket, address: str, now: float) -> None:
+        self.address = address
+        self.outcome.set_result(sock)
+
+    def not_connected(self, error: TargetError, now: float) -> None:
+        self.outcome.set_result(error)
+
+    def flush(self) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def accepting(host: str = "127.0.0.1") -> Iterator[socket.socket]:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as sock:
+        sock.bind((host, 0))
+        sock.listen(8)
+        sock.settimeout(10)
+        yield sock
+
+
+async def reach(grant: Grant, client: tuple[str, int] | None = None) -> FakeFlow:
+    flow = FakeFlow()
+    connect_tcp_target(cast(TcpFlow, flow), grant, 10.0, client)
+    async with asyncio.timeout(15):
+        await flow.outcome
+    return flow
+
+
+def test_the_first_tcp_address_that_answers_is_connected() -> None:
+    async def scenario() -> None:
+        with accepting() as far:
+            grant = Grant(("127.0.0.99", "127.0.0.1"), far.getsockname()[1], "token", "rule", 1)
+            flow = await reach(grant)
+            assert flow.address == "127.0.0.1"
+            found = flow.outcome.result()
+            assert not isinstance(found, TargetError)
+            with far.accept()[0] as accepted:
+                accepted.settimeout(10)
+                found.close()
+                assert accepted.recv(100) == b""  # no header where none was asked for
+
+    asyncio.run(scenario())
+
+
+def test_a_tcp_target_that_refuses_is_said() -> None:
+    async def scenario() -> None:
+        with socket.socket() as bound:
+            bound.bind(("127.0.0.1", 0))
+            grant = Grant(("127.0.0.1",), bound.getsockname()[1], "token", "rule", 1)
+            error = (await reach(grant)).outcome.result()
+        assert isinstance(error, TargetError)
+        assert (error.status, error.proxy_status) == (502, "connection_refused")
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("client", "header"),
+    [
+        (("192.0.2.7", 50000), encode_proxy_header(("192.0.2.7", 50000), ("127.0.0.1", 1))),
+        (("2001:db8::7", 50000), encode_proxy_header(("2001:db8::7", 50000), ("127.0.0.1", 1))),
+        (None, encode_proxy_header(None, ("127.0.0.1", 1))),
+    ],
+)
+def test_a_target_is_told_whose_connection_it_is(
+    client: tuple[str, int] | None, header: bytes
+) -> None:
+    async def scenario() -> None:
+        with accepting() as far:
+            port = far.getsockname()[1]
+            grant = Grant(("127.0.0.1",), port, "token", "rule", 1, proxy_protocol=True)
+            found = (await reach(grant, client)).outcome.result()
+            assert not isinstance(found, TargetError)
+            with far.accept()[0] as accepted:
+                accepted.settimeout(10)
+                found.close()
+                received = b""
+                while data := accepted.recv(100):
+                    received += data
+        expected = encode_proxy_header(client, ("127.0.0.1", port))
+        assert received == expected
+        assert len(expected) == len(header)
+
+    asyncio.run(scenario())
+
+
+def test_an_attempt_that_is_given_up_leaves_nothing() -> None:
+    async def scenario() -> None:
+        with accepting() as far:
+            far.listen(0)
+            fillers = [socket.socket() for _ in range(4)]
+            for filler in fillers:
+                filler.setblocking(False)
+                filler.connect_ex(far.getsockname())
+            before = descriptors()
+            flow = FakeFlow()
+            grant = Grant(("127.0.0.1",), far.getsockname()[1], "token", "rule", 1)
+            attempt = connect_tcp_target(cast(TcpFlow, flow), grant, 10.0, None)
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            attempt.cancel()
+            await asyncio.wait([attempt])
+            await asyncio.sleep(0)
+            assert len(asyncio.all_tasks()) == 1
+            assert descriptors() == before
+            assert not flow.outcome.done()
+            for filler in fillers:
+                filler.close()
 
     asyncio.run(scenario())

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import ipaddress
 import posixpath
-import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import Field, SecretStr, field_validator, model_validator
 
+from toppy.config.address import parse_host_port
 from toppy.config.audit import check_collector_url
-from toppy.config.policy import PolicyRule, name_rules
+from toppy.config.policy import PolicyRole, PolicyRule, name_rules
 from toppy.config.reading import apply_environment, parse_toml, validate
 from toppy.config.section import (
+    CommaList,
     CongestionControl,
     Engine,
     Section,
@@ -22,24 +23,44 @@ from toppy.config.section import (
     setting,
 )
 from toppy.errors import ConfigError
-from toppy.wire.connect_udp import validate_template
+from toppy.model.rate import UNLIMITED, Rate
+from toppy.wire.connect_udp import RequestError, parse_host, validate_template
+from toppy.wire.pac import encode_pac
 
 
 class AllowRule(PolicyRule):
     """A rule of the client's policy: what is not allowed is denied."""
 
     action: Literal["allow", "deny"] = Field(
-        "allow", description="`allow`; a `deny` rule is refused."
+        "allow", description="`allow`; a `deny` rule is refused, it goes into `policy.deny`."
     )
 
     @model_validator(mode="after")
     def _complete(self) -> AllowRule:
         if self.action != "allow":
-            raise ValueError("action: rules of policy.allow only allow; leave the key out")
+            raise ValueError("action: rules of policy.allow only allow; use [[policy.deny]]")
         if not self.cidr and not self.host:
             raise ValueError("needs cidr or host")
         if not self.ports:
             raise ValueError("needs ports; only listed ports are allowed")
+        if self.limits is not None:
+            raise ValueError("limits: for rules of the gateway; here [rate] limits each local peer")
+        if self.proxy_protocol is not None:
+            raise ValueError("proxy_protocol: for rules of the gateway, which reaches the target")
+        return self
+
+
+class DenyRule(PolicyRule):
+    """A rule of the client's policy that wins over every one that allows."""
+
+    action: Literal["allow", "deny"] = Field(
+        "deny", description="`deny`; an `allow` rule is refused, it goes into `policy.allow`."
+    )
+
+    @model_validator(mode="after")
+    def _denies(self) -> DenyRule:
+        if self.action != "deny":
+            raise ValueError("action: rules of policy.deny only deny; use [[policy.allow]]")
         return self
 
 
@@ -47,11 +68,28 @@ class ClientPolicy(Section):
     """What this client may ask for. Without it everything is denied."""
 
     allow: tuple[AllowRule, ...] = setting((), "Rules; any that matches allows.")
+    deny: tuple[DenyRule, ...] = setting((), "Rules; any that matches denies, whatever allows.")
+    roles: tuple[PolicyRole, ...] = setting((), "Roles that rules here may name.")
 
     @field_validator("allow")
     @classmethod
-    def _named(cls, value: tuple[AllowRule, ...]) -> tuple[PolicyRule, ...]:
+    def _named(cls, value: tuple[AllowRule, ...]) -> tuple[AllowRule, ...]:
         return name_rules(value)
+
+    @field_validator("deny")
+    @classmethod
+    def _named_deny(cls, value: tuple[DenyRule, ...]) -> tuple[DenyRule, ...]:
+        return name_rules(value, "deny")
+
+    @model_validator(mode="after")
+    def _named_apart(self) -> ClientPolicy:
+        _ = self.rules  # two of the same name are refused
+        return self
+
+    @property
+    def rules(self) -> tuple[PolicyRule, ...]:
+        """All of them."""
+        return name_rules((*self.allow, *self.deny))
 
 
 class TokenAuth(Table):
@@ -114,7 +152,18 @@ class SamlAuth(Table):
 
     mode: Literal["saml"]
     idp_entity_id: str = setting(..., "The identity provider.", min_length=1)
-    sp_entity_id: str | None = setting(None, "The service provider.", min_length=1)
+    sp_entity_id: str | None = setting(
+        None,
+        "The service provider: what the identity provider calls the broker. A broker knows that "
+        "itself, and Keycloak and Dex take it from nobody; it is sent to one that asks for it, in "
+        "`broker_sp_parameter`.",
+        min_length=1,
+    )
+    broker_sp_parameter: str | None = setting(
+        None,
+        "The parameter in which the broker takes `sp_entity_id`. None: it is not sent.",
+        pattern=r"^[A-Za-z0-9_.-]+$",
+    )
     broker_hint_parameter: str = setting(
         "aarc_idp_hint",
         "The parameter that tells the broker which identity provider to use (AARC-G061); with "
@@ -128,12 +177,25 @@ class SamlAuth(Table):
     token_cache_path: str | None = setting(None, "Where tokens are kept.", min_length=1)
     token_protection: TokenProtection = _protection()
 
+    @model_validator(mode="after")
+    def _parameters(self) -> SamlAuth:
+        if self.broker_sp_parameter is None:
+            return self
+        if self.sp_entity_id is None:
+            raise ValueError("broker_sp_parameter needs sp_entity_id: it carries nothing else")
+        if self.broker_sp_parameter == self.broker_hint_parameter:
+            raise ValueError("broker_sp_parameter and broker_hint_parameter must differ")
+        return self
+
 
 Auth = TokenAuth | OidcDeviceCodeAuth | OidcAuthCodePkceAuth | SamlAuth
 
 
 class RateSection(Section):
-    """Token bucket per connection and direction; both zero: off. Used by a later version."""
+    """Token bucket per connection and direction; both zero: off. `toppy up` always has it; the
+    other commands where this table is written. TCP is slowed to it; of UDP, per local peer, what is
+    over it is dropped.
+    """
 
     bytes_per_sec: int = setting(10 << 20, "Bytes per second.", ge=0)
     burst_bytes: int | None = setting(None, "Bucket size; default: bytes_per_sec.", ge=0)
@@ -143,6 +205,86 @@ class RateSection(Section):
         burst = self.bytes_per_sec if self.burst_bytes is None else self.burst_bytes
         if bool(self.bytes_per_sec) != bool(burst):
             raise ValueError("bytes_per_sec and burst_bytes: set both to zero, or neither")
+        return self
+
+
+class ForwardEntry(Section):
+    """A local port that leads to a target: `toppy up` starts all of them together, `toppy udp`
+    those of UDP.
+    """
+
+    protocol: Literal["udp", "tcp"] = setting("tcp", "`tcp` or `udp`.")
+    listen: str = setting(..., "Local address, `HOST:PORT`.")
+    target: str = setting(..., "Where it leads, `HOST:PORT`; `policy` must allow it.")
+    direct: bool = setting(False, "Connect from here, without the gateway; TCP only.")
+
+    @field_validator("listen")
+    @classmethod
+    def _listen(cls, value: str) -> str:
+        parse_host_port(value)
+        return value
+
+    @field_validator("target")
+    @classmethod
+    def _target(cls, value: str) -> str:
+        host, _ = parse_host_port(value, may_be_zero=False)
+        try:
+            parse_host(host)
+        except RequestError as error:
+            raise ValueError(str(error)) from None
+        return value
+
+    @model_validator(mode="after")
+    def _direct_is_tcp(self) -> ForwardEntry:
+        if self.direct and self.protocol == "udp":
+            raise ValueError("direct: for TCP only; UDP goes through the gateway")
+        return self
+
+
+class ProxySection(Section):
+    """`toppy proxy`: SOCKS5, SOCKS4a and HTTP on one local port. `toppy exec` uses the bounds."""
+
+    listen: str = setting(
+        "127.0.0.1:1080",
+        "Where it listens; an address that others can reach needs `user` and a password.",
+    )
+    user: str | None = setting(
+        None, "Who may use it, together with the password. Default: everybody here.", min_length=1
+    )
+    password: SecretStr | None = setting(None, "The password.")
+    password_file: str | None = setting(
+        None, "File with the password; mode 0600. Instead of `password`.", min_length=1
+    )
+    max_connections: int = setting(
+        1024, "At once; further ones wait to be accepted.", ge=1, le=65535
+    )
+    handshake_timeout_s: float = setting(10.0, "For a program to say what it wants.", gt=0, le=300)
+    pac_through: CommaList = setting(
+        (),
+        "Names, `*.names`, addresses and IPv4 networks that the PAC file sends here. Default: all.",
+    )
+    pac_direct: CommaList = setting((), "The same, for what it does not send here.")
+
+    @field_validator("listen")
+    @classmethod
+    def _listen(cls, value: str) -> str:
+        parse_host_port(value)
+        return value
+
+    @model_validator(mode="after")
+    def _credentials(self) -> ProxySection:
+        if self.password is not None and self.password_file is not None:
+            raise ValueError("password and password_file: set one of them")
+        if (self.user is None) != (self.password is None and self.password_file is None):
+            raise ValueError("user and a password (password_file) go together")
+        return self
+
+    @model_validator(mode="after")
+    def _patterns(self) -> ProxySection:
+        try:
+            encode_pac("127.0.0.1:1080", through=self.pac_through, direct=self.pac_direct)
+        except ConfigError as error:
+            raise ValueError(f"pac_through, pac_direct: {error}") from None
         return self
 
 
@@ -166,8 +308,24 @@ class ClientConfig(Section):
         "URI template of another RFC 9298 proxy, with `{target_host}` and `{target_port}`. "
         "Default: toppy's own.",
     )
+    gateway_tcp_template: str | None = setting(
+        None,
+        "The same for TCP, of another connect-tcp proxy. Default: toppy's own.",
+    )
     ca_cert_path: str | None = setting(
         None, "PEM file with the CA to trust. Default: the system's.", min_length=1
+    )
+    client_certificate: str | None = setting(
+        None,
+        "PEM file: the certificate that this client shows to a gateway that asks for one, then "
+        "its chain.",
+        min_length=1,
+    )
+    client_key: str | None = setting(
+        None, "PEM file: that certificate's key; mode 0600.", min_length=1
+    )
+    client_key_passphrase_file: str | None = setting(
+        None, "File with the passphrase of an encrypted `client_key`; mode 0600.", min_length=1
     )
     auth_token: SecretStr | None = setting(None, "The bearer token, where there is no `[auth]`.")
     mtu: int | None = setting(
@@ -176,12 +334,20 @@ class ClientConfig(Section):
     policy: ClientPolicy | None = None
     auth: Auth | None = Field(None, discriminator="mode")
     rate: RateSection = Field(default_factory=RateSection)
+    forward: tuple[ForwardEntry, ...] = setting((), "Local ports for `toppy up` without arguments.")
+    proxy: ProxySection = Field(default_factory=ProxySection)
     quic: ClientQuicSection = Field(default_factory=ClientQuicSection)
     udp_idle_s: float = setting(
         60.0, "A local peer that is silent for so long is forgotten.", ge=1, le=86_400
     )
     udp_max_peers: int = setting(
         128, "Local peers at once; further ones are dropped.", ge=1, le=65535
+    )
+    tcp_max_connections: int = setting(
+        1024, "Of `toppy up` at once; further ones wait to be accepted.", ge=1, le=65535
+    )
+    tcp_connect_timeout_s: float = setting(
+        10.0, "For reaching the target of `toppy up --direct`.", gt=0, le=300
     )
     audit_log_path: str | None = setting(
         None,
@@ -219,6 +385,26 @@ class ClientConfig(Section):
         250, "Before the first retry; doubles from then on.", ge=1, le=60_000
     )
 
+    @model_validator(mode="after")
+    def _certificate_and_key(self) -> ClientConfig:
+        if bool(self.client_certificate) != bool(self.client_key):
+            missing = "client_key" if self.client_certificate else "client_certificate"
+            raise ValueError(f"client_certificate and client_key go together; {missing} is missing")
+        if self.client_key_passphrase_file and not self.client_key:
+            raise ValueError("client_key_passphrase_file: there is no client_key to open")
+        return self
+
+    @field_validator("forward")
+    @classmethod
+    def _ports_once(cls, value: tuple[ForwardEntry, ...]) -> tuple[ForwardEntry, ...]:
+        seen = set()
+        for entry in value:
+            host, port = parse_host_port(entry.listen)
+            if port and (entry.protocol, host, port) in seen:
+                raise ValueError(f"listen = {entry.listen!r} stands twice for {entry.protocol}")
+            seen.add((entry.protocol, host, port))
+        return value
+
     @field_validator("audit_ship_url", "audit_verify_url")
     @classmethod
     def _collector(cls, value: str | None) -> str | None:
@@ -240,19 +426,29 @@ class ClientConfig(Section):
             raise ValueError("must not be empty")
         return value
 
-    @field_validator("gateway")
+    @field_validator("gateway", "server_name")
     @classmethod
-    def _host(cls, value: str) -> str:
+    def _host(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
         host = value.removeprefix("[").removesuffix("]")
         try:
-            return str(ipaddress.ip_address(host))
+            address = ipaddress.ip_address(host)
         except ValueError:
             pass
-        if not re.fullmatch(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*\.?", host):
-            raise ValueError("must be a host name or an address, without a port or a scheme")
+        else:
+            if "%" in host:  # no certificate has one
+                raise ValueError("must be without a zone; give the gateway a name in /etc/hosts")
+            return str(address)
+        try:
+            parse_host(host)
+        except RequestError:
+            raise ValueError(
+                "must be a host name or an address, without a port or a scheme"
+            ) from None
         return host
 
-    @field_validator("gateway_template")
+    @field_validator("gateway_template", "gateway_tcp_template")
     @classmethod
     def _template(cls, value: str | None) -> str | None:
         if value is not None:
@@ -261,6 +457,18 @@ class ClientConfig(Section):
             except ConfigError as error:
                 raise ValueError(str(error).removeprefix("gateway_template ")) from None
         return value
+
+    @property
+    def udp_rate(self) -> Rate:
+        """Of each local peer of `toppy udp` and direction: only where ``[rate]`` is written, for
+        what is over it is lost, not delayed (T-051). The same of each connection of the commands
+        for which no default rate was asked.
+        """
+        rate = self.rate
+        if "rate" not in self.model_fields_set or not rate.bytes_per_sec:
+            return UNLIMITED
+        burst = rate.bytes_per_sec if rate.burst_bytes is None else rate.burst_bytes
+        return Rate(rate.bytes_per_sec, burst)
 
     @property
     def token(self) -> SecretStr | None:
@@ -274,6 +482,11 @@ ENVIRONMENT: Mapping[str, str] = {
     "TOPPY_QUIC_ENGINE": "quic.engine",
     "TOPPY_UDP_IDLE_SECS": "udp_idle_s",
     "TOPPY_UDP_MAX_PEERS": "udp_max_peers",
+    "TOPPY_TCP_MAX_CONNECTIONS": "tcp_max_connections",
+    "TOPPY_TCP_CONNECT_TIMEOUT_SECS": "tcp_connect_timeout_s",
+    "TOPPY_PROXY_LISTEN": "proxy.listen",
+    "TOPPY_PROXY_USER": "proxy.user",
+    "TOPPY_PROXY_PASSWORD": "proxy.password",
     "TOPPY_AUDIT_LOG": "audit_log_path",
     "TOPPY_AUDIT_SIGNING_KEY": "audit_signing_key",
     "TOPPY_AUDIT_SHIP_URL": "audit_ship_url",

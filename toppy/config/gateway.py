@@ -10,44 +10,29 @@ import ipaddress
 import posixpath
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, SecretStr, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from toppy.config.address import parse_host_port
 from toppy.config.audit import AuditSection
-from toppy.config.policy import PolicyRule, name_rules
+from toppy.config.authentication import AuthSection
+from toppy.config.policy import PolicyRole, PolicyRule, name_rules
+from toppy.config.rates import RatesSection
 from toppy.config.reading import apply_environment, parse_toml, suggest, validate
 from toppy.config.section import (
     CommaList,
     CongestionControl,
     Engine,
     Section,
-    check_token,
     setting,
 )
+from toppy.config.tls import TlsSection
 from toppy.errors import ConfigError
 
 LogLevel = Literal["debug", "info", "warning", "error"]
-JwtAlgorithm = Literal[
-    "HS256",
-    "HS384",
-    "HS512",
-    "RS256",
-    "RS384",
-    "RS512",
-    "PS256",
-    "PS384",
-    "PS512",
-    "ES256",
-    "ES384",
-    "ES512",
-    "EdDSA",
-]
 MAX_WORKERS = 64
-MIN_TOKEN_CHARACTERS = 8
-MIN_SECRET_BYTES = 16
 
 
 class ListenSection(Section):
@@ -106,148 +91,11 @@ def _is_same(host: str, other: str) -> bool:
     return ipaddress.ip_address(host) == ipaddress.ip_address(other)
 
 
-class TlsSection(Section):
-    """The gateway's certificate. Without one: self-signed for localhost, made at start."""
-
-    certificate: str = setting("", "PEM file: the certificate, then its chain.", applies="reload")
-    private_key: str = setting("", "PEM file: the certificate's key; mode 0600.", applies="reload")
-
-    @model_validator(mode="after")
-    def _both_or_neither(self) -> TlsSection:
-        if bool(self.certificate) != bool(self.private_key):
-            missing = "private_key" if self.certificate else "certificate"
-            raise ValueError(f"certificate and private_key go together; {missing} is missing")
-        return self
-
-
-class JwtSection(Section):
-    """JSON Web Tokens that the gateway accepts. `exp` is required in them."""
-
-    secret: SecretStr | None = setting(
-        None, "HMAC secret (HS256), at least 16 bytes.", applies="hot"
-    )
-    secret_file: str = setting("", "File with the HMAC secret; mode 0600.", applies="hot")
-    public_key_file: str = setting("", "PEM public key: RSA, EC or Ed25519.", applies="hot")
-    jwks_file: str = setting("", "JWK set with public keys, chosen by `kid`.", applies="hot")
-    algorithms: tuple[JwtAlgorithm, ...] = setting(
-        (),
-        "Narrows what the keys allow, for example `['ES256']`. Empty: what fits the key.",
-        applies="hot",
-    )
-    issuer: str = setting("", "Required `iss`; empty: any.", applies="hot")
-    audience: str = setting("", "Required in `aud`; empty: any.", applies="hot")
-    leeway_s: float = setting(
-        60.0, "Clock difference allowed, in seconds.", ge=0, le=600, applies="hot"
-    )
-
-    @property
-    def is_configured(self) -> bool:
-        """Whether there is any key."""
-        return bool(self.secret or self.secret_file or self.public_key_file or self.jwks_file)
-
-    @field_validator("secret")
-    @classmethod
-    def _long_enough(cls, value: SecretStr | None) -> SecretStr | None:
-        if value is not None and len(value.get_secret_value().encode()) < MIN_SECRET_BYTES:
-            raise ValueError(f"is too short: at least {MIN_SECRET_BYTES} bytes")
-        return value
-
-    @model_validator(mode="after")
-    def _has_key(self) -> JwtSection:
-        if self.secret is not None and self.secret_file:
-            raise ValueError("give secret or secret_file, not both")
-        if self.model_fields_set and not self.is_configured:
-            raise ValueError("needs one of secret, secret_file, public_key_file, jwks_file")
-        return self
-
-
-class RoleSection(Section):
-    """A claim of the issuer's tokens, and the role that it gives; rules name roles."""
-
-    role: str = setting(..., "What rules call it (`roles`).", min_length=1, applies="hot")
-    claim: str = setting(
-        ...,
-        "Of the token; `realm_access.roles` is `roles` in the table `realm_access`.",
-        min_length=1,
-        applies="hot",
-    )
-    values: CommaList = setting(
-        ..., "The claim is, or has in its list, any of these.", min_length=1, applies="hot"
-    )
-
-
-class OidcSection(Section):
-    """Access tokens (JWT) of an OpenID issuer. While it is down, the keys that are known serve."""
-
-    issuer: str = setting(
-        "", "Issuer URL, exactly as the provider writes it; https.", applies="hot"
-    )
-    audience: str = setting(
-        "", "Required in `aud`: what the provider calls this gateway.", applies="hot"
-    )
-    leeway_s: float = setting(
-        60.0, "Clock difference allowed, in seconds.", ge=0, le=600, applies="hot"
-    )
-    refresh_s: float = setting(
-        300.0, "Keys are fetched so often, in seconds.", ge=10, le=86_400, applies="hot"
-    )
-    roles: tuple[RoleSection, ...] = setting((), "See below.", applies="hot")
-
-    @property
-    def is_configured(self) -> bool:
-        """Whether there is an issuer."""
-        return bool(self.issuer)
-
-    @model_validator(mode="after")
-    def _complete(self) -> OidcSection:
-        if bool(self.issuer) != bool(self.audience):
-            missing = "audience" if self.issuer else "issuer"
-            raise ValueError(
-                f"issuer and audience go together; {missing} is missing (without an audience, "
-                "tokens that the issuer made for others would be taken)"
-            )
-        if not self.issuer and self.model_fields_set:
-            raise ValueError("needs issuer and audience")
-        if self.issuer and not re.fullmatch(
-            r"https://[!-~]+|http://(localhost|127\.0\.0\.1|\[::1\])([:/][!-~]*)?", self.issuer
-        ):
-            raise ValueError("issuer: must begin with https:// (http:// only on loopback)")
-        return self
-
-
-class AuthSection(Section):
-    """Who may use the gateway. Every method that is configured is accepted."""
-
-    token: SecretStr | None = setting(None, "A shared token, at least 8 characters.", applies="hot")
-    token_file: str = setting("", "File with the shared token; mode 0600.", applies="hot")
-    jwt: JwtSection = Field(default_factory=JwtSection)
-    oidc: OidcSection = Field(default_factory=OidcSection)
-
-    @field_validator("token")
-    @classmethod
-    def _sendable(cls, value: SecretStr | None) -> SecretStr | None:
-        if value is not None:
-            check_token(value.get_secret_value(), min_characters=MIN_TOKEN_CHARACTERS)
-        return value
-
-    @model_validator(mode="after")
-    def _one_token(self) -> AuthSection:
-        if self.token is not None and self.token_file:
-            raise ValueError("give token or token_file, not both")
-        return self
-
-    @property
-    def is_configured(self) -> bool:
-        """Whether anybody must prove anything."""
-        return bool(
-            self.token or self.token_file or self.jwt.is_configured or self.oidc.is_configured
-        )
-
-
 class PolicySection(Section):
-    """Ordered rules; the first that matches decides; what no rule allows is denied."""
+    """A `deny` rule that matches wins; else the first `allow` rule that does; else it is denied."""
 
     rules: tuple[PolicyRule, ...] = setting((), "See below.", applies="hot")
+    roles: tuple[PolicyRole, ...] = setting((), "See below.", applies="hot")
 
     @field_validator("rules")
     @classmethod
@@ -330,6 +178,36 @@ class LimitsSection(Section):
         le=1 << 20,
         applies="reload",
     )
+    tcp_idle_timeout_s: float = setting(
+        7_200.0,
+        "A TCP tunnel that carries nothing for so long is ended. A target that is gone is found by "
+        "keep-alive after two minutes.",
+        ge=1,
+        le=604_800,
+        applies="reload",
+    )
+    tcp_connect_timeout_s: float = setting(
+        10.0,
+        "How long a TCP target may take to answer, all its addresses together.",
+        ge=0.1,
+        le=120,
+        applies="reload",
+    )
+    tcp_max_connecting: int = setting(
+        2_000,
+        "TCP targets that one worker waits for at once. Beyond it: 429. Each may take a descriptor "
+        "for each of its addresses.",
+        ge=1,
+        le=100_000,
+        applies="reload",
+    )
+    tcp_max_connecting_per_connection: int = setting(
+        1_000,
+        "The same for one client's connection, so that nobody takes all of them.",
+        ge=1,
+        le=100_000,
+        applies="reload",
+    )
     tunnel_idle_timeout_s: float = setting(
         120.0,
         "A tunnel without a datagram in either direction for so long is closed (RFC 9298 "
@@ -367,6 +245,33 @@ class LimitsSection(Section):
         "Refused credentials after which the connection is closed.",
         ge=1,
         le=10_000,
+        applies="reload",
+    )
+    max_connection_attempts_per_source_per_s: int = setting(
+        1_000,
+        "New connections of one source in a second, in one worker; as many at once as "
+        "`max_connections_per_source`, or as this, if that is more. Beyond it the source must "
+        "prove its address (Retry), and may then open as many again; then it is refused. 0: no "
+        "limit.",
+        ge=0,
+        le=1_000_000,
+        applies="reload",
+    )
+    max_failed_auth_per_source_per_min: int = setting(
+        60,
+        "Refused credentials of one source in a minute, in one worker, and as many at once. "
+        "Beyond it: 429 for it, except for credentials that the worker has just seen to be good. "
+        "0: no limit.",
+        ge=0,
+        le=1_000_000,
+        applies="reload",
+    )
+    max_tunnels_per_subject_per_s: int = setting(
+        5_000,
+        "Tunnels that one subject may open in a second, and twice as many at once, at all workers "
+        "together. Beyond it: 429. 0: no limit.",
+        ge=0,
+        le=1_000_000,
         applies="reload",
     )
     early_datagrams_per_tunnel: int = setting(
@@ -494,6 +399,7 @@ class GatewayConfig(Section):
     policy: PolicySection = Field(default_factory=PolicySection)
     quic: QuicSection = Field(default_factory=QuicSection)
     limits: LimitsSection = Field(default_factory=LimitsSection)
+    rates: RatesSection = Field(default_factory=RatesSection)
     reload: ReloadSection = Field(default_factory=ReloadSection)
     resolver: ResolverSection = Field(default_factory=ResolverSection)
     log: LogSection = Field(default_factory=LogSection)
@@ -520,8 +426,31 @@ class GatewayConfig(Section):
 
     @model_validator(mode="after")
     def _safe(self) -> GatewayConfig:
+        self.check_client_certificates()
         self.check_authentication()
+        self._check_certificate_subjects()
         return self
+
+    def _check_certificate_subjects(self) -> None:
+        """A deny rule for a name that nobody has would deny nobody. Raises ``ValueError``."""
+        if self.auth.client_certificate.name_from != "san":
+            return
+        for each in (*self.policy.rules, *self.policy.roles):
+            for subject in each.subjects:
+                is_host_name = "@" not in subject and subject.count(":") == 1
+                if subject.startswith("cert:") and is_host_name and subject != subject.lower():
+                    raise ValueError(
+                        f"policy: subjects = {subject!r} matches nobody, for host names in "
+                        f"certificates are read in lower case; write {subject.lower()!r}"
+                    )
+
+    def check_client_certificates(self) -> None:
+        """What is a credential must be asked for. Raises ``ValueError``."""
+        if self.auth.client_certificate.accept and self.tls.wanted_client_certificates == "none":
+            raise ValueError(
+                "auth.client_certificate.accept = true, but no client is asked for a certificate: "
+                "set tls.client_ca"
+            )
 
     def check_authentication(self) -> None:
         """Who comes from elsewhere must prove who they are. Raises ``ValueError``."""
@@ -529,8 +458,8 @@ class GatewayConfig(Section):
             if self.auth.is_configured:
                 return
             raise ValueError(
-                "no authentication is configured: set auth.token_file, [auth.jwt] or "
-                "[auth.oidc] "
+                "no authentication is configured: set auth.token_file, [auth.jwt], "
+                "[auth.oidc] or [auth.client_certificate] "
                 "(or TOPPY_GW_TOKEN), or insecure_no_auth = true on loopback addresses"
             )
         for text in self.listen.quic:
@@ -547,12 +476,24 @@ ENVIRONMENT: Mapping[str, str] = {
     "TOPPY_GW_QUIC_LISTEN": "listen.quic",
     "TOPPY_GW_CERT": "tls.certificate",
     "TOPPY_GW_KEY": "tls.private_key",
+    "TOPPY_GW_TLS_ENABLED": "tls.enabled",
+    "TOPPY_GW_TLS_CERT_PATH": "tls.certificate",
+    "TOPPY_GW_TLS_KEY_PATH": "tls.private_key",
+    "TOPPY_GW_TLS_PASSPHRASE": "tls.private_key_passphrase",
+    "TOPPY_GW_TLS_KEY_PASSPHRASE_FILE": "tls.private_key_passphrase_file",
+    "TOPPY_GW_TLS_ALLOW_OPEN_KEY": "tls.allow_open_private_key",
+    "TOPPY_GW_TLS_CA_PATH": "tls.client_ca",
+    "TOPPY_GW_TLS_CLIENT_CERTIFICATES": "tls.client_certificates",
+    "TOPPY_GW_TLS_MIN_VERSION": "tls.min_version",
+    "TOPPY_GW_TLS_CIPHER_SUITES": "tls.cipher_suites",
     "TOPPY_GW_TOKEN": "auth.token",
     "TOPPY_GW_JWT_SECRET": "auth.jwt.secret",
     "TOPPY_GW_JWT_ISS": "auth.jwt.issuer",
     "TOPPY_GW_JWT_AUD": "auth.jwt.audience",
     "TOPPY_GW_LOG_LEVEL": "log.level",
     "TOPPY_GW_RUNTIME_DIR": "runtime_dir",
+    "TOPPY_GW_UDP_BYTES_PER_SEC": "rates.udp_bytes_per_sec",
+    "TOPPY_GW_UDP_BURST_BYTES": "rates.udp_burst_bytes",
     "TOPPY_GW_AUDIT_LOG": "audit.path",
     "TOPPY_GW_AUDIT_SIGNING_KEY": "audit.signing_key",
     "TOPPY_GW_AUDIT_SHIP_URL": "audit.ship_url",
@@ -561,6 +502,10 @@ ENVIRONMENT: Mapping[str, str] = {
 }
 """Which key each variable overrides."""
 _OTHER_VARIABLES = ("TOPPY_GW_CONFIG",)
+_CERTIFICATE = ("TOPPY_GW_CERT", "TOPPY_GW_TLS_CERT_PATH")
+_PRIVATE_KEY = ("TOPPY_GW_KEY", "TOPPY_GW_TLS_KEY_PATH")
+"""Two names for the same."""
+_PASSPHRASES = ("TOPPY_GW_TLS_PASSPHRASE", "TOPPY_GW_TLS_KEY_PASSPHRASE_FILE")
 
 
 @dataclass(frozen=True, slots=True)
@@ -569,12 +514,15 @@ class LoadedConfig:
 
     config: GatewayConfig
     warnings: tuple[str, ...]
+    variables: Mapping[str, str] = field(default_factory=dict)
+    """By key, the environment variables that set a value."""
 
 
 def parse_gateway_config(text: str, source: str, environ: Mapping[str, str]) -> LoadedConfig:
     """Validate a ``gateway.toml`` (may be empty) under the environment. Raises ``ConfigError``."""
     data = parse_toml(text, source)
-    if bool(environ.get("TOPPY_GW_CERT")) != bool(environ.get("TOPPY_GW_KEY")):
+    is_given = [_one_of(environ, names) for names in (_CERTIFICATE, _PRIVATE_KEY)]
+    if is_given[0] != is_given[1]:
         raise ConfigError(
             "TOPPY_GW_CERT and TOPPY_GW_KEY go together: set both or neither",
             key="tls.certificate",
@@ -590,11 +538,29 @@ def parse_gateway_config(text: str, source: str, environ: Mapping[str, str]) -> 
     ]
     if config.insecure_no_auth and config.auth.is_configured:
         warnings.append("insecure_no_auth has no effect: authentication is configured")
-    return LoadedConfig(config, tuple(warnings))
+    return LoadedConfig(config, tuple(warnings), variables)
+
+
+def _one_of(environ: Mapping[str, str], names: tuple[str, ...]) -> bool:
+    """Whether one of the names for a value is set. Raises ``ConfigError`` for several values."""
+    values = {environ[name] for name in names if environ.get(name)}
+    if len(values) > 1:
+        raise ConfigError(
+            f"{' and '.join(names)} have different values: set one of them",
+            key=ENVIRONMENT[names[0]],
+        )
+    return bool(values)
 
 
 def _replace_files(data: dict[str, Any], environ: Mapping[str, str]) -> None:
     """A secret in the environment stands in the place of the file's, however that was given."""
+    tls = data.get("tls")
+    if isinstance(tls, dict):
+        # a key of another place has a passphrase of its own, or none
+        names = (*_PRIVATE_KEY, *_PASSPHRASES)
+        if any(environ.get(name) for name in names):
+            tls.pop("private_key_passphrase", None)
+            tls.pop("private_key_passphrase_file", None)
     audit = data.get("audit")
     if isinstance(audit, dict):
         for name in ("signing_key", "ship_token"):

@@ -61,8 +61,19 @@ def _parse_hosts(value: Any) -> Any:
             raise ValueError(
                 f"{text!r} is no host pattern; write db.example.com, *.example.com or *"
             )
+        if _is_address(host):
+            # by a name, or in another notation, the same address would not match
+            raise ValueError(f"{text!r} is an address; write cidr = {text!r} instead")
         hosts.append(host)
     return tuple(hosts)
+
+
+def _is_address(text: str) -> bool:
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _parse_ports(value: Any) -> Any:

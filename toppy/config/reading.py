@@ -21,8 +21,8 @@ Location = tuple[str | int, ...]
 
 _SECRET_KEYS = frozenset(
     {
-        *("token", "secret", "auth_token", "signing_key", "ship_token"),
-        *("audit_signing_key", "audit_ship_token", "audit_verify_token"),
+        *("token", "secret", "auth_token", "signing_key", "ship_token", "private_key_passphrase"),
+        *("audit_signing_key", "audit_ship_token", "audit_verify_token", "password"),
     }
 )
 _MAX_VALUE_CHARACTERS = 120

@@ -37,6 +37,7 @@ def render_reference() -> str:
     parts += _sections(GatewayConfig, shows_applies=True)
     parts.append("### `[[policy.rules]]`\n")
     parts.append(_table(PolicyRule, shows_applies=False))
+    parts += _subsections(PolicyRule, "policy.rules.", shows_applies=False)
     parts.append("### Environment of `toppy-gw`\n")
     parts.append(
         "Each overrides the file. A `TOPPY_GW_` variable that is not listed causes a warning.\n"
@@ -55,6 +56,10 @@ def render_reference() -> str:
         "allowed.\n"
     )
     parts.append(_table(AllowRule, shows_applies=False))
+    parts.append(
+        "`when` is what it is at the gateway: see `[policy.rules.when]`. `[[policy.deny]]` has the "
+        "same keys, and needs none of them.\n"
+    )
     parts.append("### Environment of `toppy`\n")
     parts.append(
         _variables(
@@ -64,7 +69,10 @@ def render_reference() -> str:
                 "TOPPY_TOKEN_PASSPHRASE": "opens the token cache, where a passphrase protects it",
                 "TOPPY_DOCTOR_NET": "`pass`, `fail` or `skip` instead of the network checks",
                 "TOPPY_DOCTOR_TUN": "`pass`, `fail` or `skip` instead of the TUN check",
-                "TOPPY_DOCTOR_TARGET": "`IP:PORT` that `toppy doctor` asks the policy about",
+                "TOPPY_DOCTOR_TARGET": "`HOST:PORT` that `toppy doctor` asks both policies about",
+                "TOPPY_WINTUN_DLL": "Windows: the file of Wintun that `toppy doctor` tries",
+                "TOPPY_WINTUN_DIR": "Windows: the folder that has it",
+                "TOPPY_WINTUN_ADAPTER": "Windows: its adapter; default: `toppy-doctor`",
             }
         )
     )
@@ -89,7 +97,8 @@ def _subsections(model: type[BaseModel], prefix: str, *, shows_applies: bool) ->
             if modes is not None:
                 title += f" with mode = {get_args(modes.annotation)[0]!r}".replace("'", '"')
             yield f"### `{title}`\n"
-            yield f"{(section.__doc__ or '').strip().replace('``', '`')}\n"
+            text = re.sub(r"\s+", " ", section.__doc__ or "").strip()
+            yield f"{text.replace('``', '`')}\n"
             table = _table(section, shows_applies=shows_applies)
             if table:
                 yield table

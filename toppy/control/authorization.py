@@ -42,7 +42,9 @@ class OwnService:
         if bound.is_unspecified:
             # every address of 127.0.0.0/8 and 0.0.0.0 are this host's, too
             return is_own or innermost.is_loopback or innermost.is_unspecified
-        return innermost == bound
+        # to the kernel, 0.0.0.0 and :: as a target are loopback
+        is_local = innermost.is_unspecified and innermost.version == bound.version
+        return innermost == bound or (is_local and bound.is_loopback)
 
 
 @dataclass(frozen=True, slots=True)

@@ -161,6 +161,13 @@ def _write(wish: Wish, stem: str, pair: KeyPair, *, is_for_service: bool) -> lis
     where = wish.directory.absolute()
     files = _files(stem, pair, wish, is_for_service=is_for_service)
     try:
-        return write_files(where, files, owner=service_user(where))
+        # somebody else may have written them while the key was made
+        replaces = None if wish.force else ()
+        return write_files(where, files, owner=service_user(where), replaces=replaces)
+    except FileExistsError as error:
+        raise ConfigError(
+            f"{error.filename} has just been written by somebody else; nothing was written "
+            "(--force replaces it)"
+        ) from None
     except OSError as error:
         raise ConfigError(f"cannot write {error.filename or where}: {error.strerror}") from None

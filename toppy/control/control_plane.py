@@ -18,14 +18,17 @@ from toppy.config.address import parse_host_port
 from toppy.config.changes import changed_settings
 from toppy.control import operators
 from toppy.control.admin import ADMIN_SOCKET, AdminError, admin_app
-from toppy.control.admission import Admission
+from toppy.control.admission import Admission, own_services
 from toppy.control.audit_writer import OPERATOR, AuditWriter
+from toppy.control.certificate_watch import CertificateWatch
 from toppy.control.found_workers import as_it_listens, find_workers
 from toppy.control.generation import SettingsFor
 from toppy.control.health import health_app, serve_http
 from toppy.control.issuer_keys import IssuerKeys
 from toppy.control.leftovers import end_leftovers, usable_state
 from toppy.control.listeners import Listeners, close_all
+from toppy.control.rate_keeper import RateKeeper
+from toppy.control.rates import Rates
 from toppy.control.recheck import Recheck
 from toppy.control.rollouts import Outcome, Plan, Rollouts
 from toppy.control.runtime import (
@@ -57,7 +60,6 @@ from toppy.control.worker_settings import worker_settings
 from toppy.errors import ConfigError, ResourceLimitError, ToppyError
 from toppy.ipc.control_channel import ControlServer
 from toppy.model.audit_event import AuditAction
-from toppy.model.counters import counted
 from toppy.model.target import Target
 from toppy.net.resolver import Resolver
 from toppy.observe.log import configure_logging, get_logger
@@ -138,6 +140,8 @@ class ControlPlane:
                 line.close()
             raise
         self._issuer_keys = IssuerKeys(runtime)
+        self._certificates = CertificateWatch(lambda: self._settings)
+        self._rates = Rates()
         self._statistics = Statistics()
         if saved is not None:
             self._statistics = Statistics(saved.past, saved.latest)
@@ -155,9 +159,13 @@ class ControlPlane:
             self._tunnel_audit,
             runtime_dir=str(runtime),
             slot_count=self._slot_count,
+            rates=self._rates,
             on_change=self._save_soon,
         )
         self._recheck = Recheck(self._supervisor, self._tunnel_audit)
+        self._rate_keeper = RateKeeper(
+            self._supervisor, self._rates, self._tunnel_audit, self._settings.runtime_dir
+        )
         self._told = self._digest(self._settings)
         """What the workers of the active generation were told."""
         self._needs_reload = False
@@ -219,6 +227,9 @@ class ControlPlane:
             loop.create_task(serve_http(admin_app(self), self._admin_socket, is_public=False)),
             loop.create_task(self._report_to_service_manager()),
             loop.create_task(self._issuer_keys.run()),
+            loop.create_task(self._certificates.run()),
+            loop.create_task(self._recheck.watch()),
+            loop.create_task(self._rate_keeper.run()),
         ]
         self._audit.start()
         tasks += self._audit.tasks
@@ -231,7 +242,7 @@ class ControlPlane:
         supervising = loop.create_task(self._supervisor.run(begin))
         tasks.append(supervising)
         if self._health_socket is not None:
-            app = health_app(self._is_healthy, self._metrics)
+            app = health_app(self._is_healthy, self._metrics, self._certificates.days_left)
             # uvicorn closes what it serves; an upgrade hands the original over
             tasks.append(loop.create_task(serve_http(app, self._health_socket.dup())))
         beginning = loop.create_task(self._begin(begun))
@@ -360,13 +371,16 @@ class ControlPlane:
 
     def _admission_for(self, settings: GatewaySettings) -> Admission:
         config = settings.config
+        per_s = config.limits.max_tunnels_per_subject_per_s
+        self._rates.configure(config.rates, config.policy.rules, per_s)
         self._issuer_keys.follow(settings.authenticator.oidc, config.auth.oidc.refresh_s)
         return Admission(
             settings.authenticator,
-            Ruleset(config.policy.rules, revision=self._revision),
+            Ruleset(config.policy.rules, roles=config.policy.roles, revision=self._revision),
             Resolver(config.resolver.nameservers, config.resolver.timeout_s),
             time.time,
             self._issuer_keys,
+            own_services=own_services(self._listeners.addresses, self._health_socket),
         )
 
     # reload
@@ -637,19 +651,13 @@ class ControlPlane:
             "rollout": self._rollouts.state.value,
             "last_reload": self._last_reload,
             "audit": self._audit.facts(),
+            "certificates": self._certificates.facts(),
         } | operators.worker_facts(self._supervisor, self._statistics)
 
     # how it is
 
     def _is_healthy(self) -> bool:
-        return self._is_serving and self._up_workers() > 0
-
-    def _up_workers(self) -> int:
-        supervisor = self._supervisor
-        return sum(
-            worker.is_serving and worker.generation is supervisor.active
-            for worker in supervisor.workers.values()
-        )
+        return self._is_serving and operators.serving_workers(self._supervisor) > 0
 
     def _metrics(self) -> bytes:
         return render_metrics(
@@ -657,6 +665,8 @@ class ControlPlane:
             version=__version__,
             engine=self._engine_of(self._settings),
             worker_deaths=self._supervisor.deaths,
+            audit=self._audit.metrics(),
+            certificates=self._certificates.ends(),
         )
 
     async def _report_to_service_manager(self) -> None:
@@ -668,15 +678,8 @@ class ControlPlane:
             self._services.status(self._status_text())
 
     def _status_text(self) -> str:
-        total = self._statistics.total()
-        generations = len(self._supervisor.generations)
-        text = (
-            f"{self._up_workers()}/{self._settings.config.worker_count} workers, "
-            f"{counted(total.connections_open, 'connection')}, "
-            f"{counted(total.tunnels_open, 'tunnel')}"
-        )
-        if generations > 1:
-            text += f", {counted(generations - 1, 'generation')} draining"
+        wanted = self._settings.config.worker_count
+        text = operators.summary(self._supervisor, self._statistics, wanted)
         if self._last_reload is not None and not self._last_reload["ok"]:
             text += f"; last reload failed: {self._last_reload['message']}"
         return text

@@ -53,6 +53,8 @@ class Worker:
         self.line: socket.socket | None = None
         """To a worker that was taken over: its end tells it that we are gone."""
         self.engine = ""
+        self.has_meters = False
+        """See ``Ready``."""
         self.state = WorkerState.SPAWNED
         self.started_at = since
         self.is_expected_to_end = False

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import socket
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import uvicorn
 from starlette.applications import Starlette
@@ -21,13 +22,20 @@ _CONNECTION_LIFETIME_S = 10.0
 """Longer than any answer takes; a client that stays connects again."""
 
 
-def health_app(is_healthy: Callable[[], bool], metrics: Callable[[], bytes]) -> Starlette:
-    """``/healthz`` (T-061) and ``/metrics``; everything else is 404."""
+def health_app(
+    is_healthy: Callable[[], bool],
+    metrics: Callable[[], bytes],
+    details: Callable[[], dict[str, Any]] = dict,
+) -> Starlette:
+    """``/healthz`` (T-061) and ``/metrics``; everything else is 404. ``/healthz?verbose`` has
+    ``details`` beside the status.
+    """
 
-    async def healthz(_: Request) -> Response:
+    async def healthz(request: Request) -> Response:
+        more = details() if "verbose" in request.query_params else {}
         if is_healthy():
-            return JSONResponse({"status": "ok"}, headers=_NO_STORE)
-        return JSONResponse({"status": "starting"}, status_code=503, headers=_NO_STORE)
+            return JSONResponse({"status": "ok", **more}, headers=_NO_STORE)
+        return JSONResponse({"status": "starting", **more}, status_code=503, headers=_NO_STORE)
 
     async def render(_: Request) -> Response:
         return Response(

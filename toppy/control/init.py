@@ -137,15 +137,19 @@ def write_development_files(
         ),
     ]
     existing = existing_files(where, files)
+    replaces: list[str] = []
     if _CONFIG in existing and _is_untouched_example(where):
         existing.remove(_CONFIG)
+        replaces.append(_CONFIG)
     if existing and not force:
         raise ConfigError(
             f"{where} already has {', '.join(existing)}; nothing was written "
             "(--force overwrites, and makes the old CA and token useless)"
         )
     try:
-        return write_files(where, files, owner=service_user(where))
+        return write_files(
+            where, files, owner=service_user(where), replaces=None if force else replaces
+        )
     except OSError as error:
         raise ConfigError(f"cannot write {error.filename or where}: {error.strerror}") from None
 

@@ -9,8 +9,9 @@ from toppy.control.admin import AdminError
 from toppy.control.generation import GenerationState, Worker
 from toppy.control.statistics import Statistics
 from toppy.control.supervisor import Supervisor
-from toppy.model.counters import WorkerCounters
+from toppy.model.counters import WorkerCounters, counted
 from toppy.model.grant import Denial
+from toppy.model.target import Target
 from toppy.observe.log import get_logger
 from toppy.observe.metrics import WorkerSnapshot
 from toppy.wire.ipc_message import LiveConnection, LiveTunnel
@@ -93,10 +94,14 @@ async def tunnels(supervisor: Supervisor) -> dict[str, Any]:
             {
                 "name": tunnel_name(worker, each),
                 "source": each.source,
-                "target": f"{each.host}:{each.port}",
+                "protocol": each.protocol,
+                "target": str(Target(each.host, each.port)),
+                "address": each.address,
                 "subject": each.subject,
                 "rule": each.rule,
                 "since": each.opened_at,
+                "bytes_to_target": each.bytes_to_target,
+                "bytes_to_client": each.bytes_to_client,
                 "datagrams_to_target": each.datagrams_to_target,
                 "datagrams_to_client": each.datagrams_to_client,
             }
@@ -139,6 +144,7 @@ def worker_facts(supervisor: Supervisor, statistics: Statistics) -> dict[str, An
         "worker_deaths": supervisor.deaths,
         "connections": total.connections_open,
         "tunnels": total.tunnels_open,
+        "tcp_tunnels": total.tcp_tunnels_open,
         "drops": total.drops,
         "admissions": total.admissions,
         "generations": [
@@ -186,6 +192,10 @@ def _worker_status(worker: Worker, counters: WorkerCounters) -> dict[str, Any]:
         "since": worker.started_at,
         "connections": counters.connections_open,
         "tunnels": counters.tunnels_open,
+        "tcp_tunnels": counters.tcp_tunnels_open,
+        "tcp_bytes_to_target": counters.tcp_bytes_to_target,
+        "tcp_bytes_to_client": counters.tcp_bytes_to_client,
+        "protocol_errors": counters.protocol_errors,
         "drops": counters.drops,
         "datagrams_to_target": counters.datagrams_to_target,
         "datagrams_to_client": counters.datagrams_to_client,
@@ -199,3 +209,25 @@ def _connection_name(worker: Worker, connection: LiveConnection) -> str:
 def tunnel_name(worker: Worker, tunnel: LiveTunnel) -> str:
     """What operators call it."""
     return worker.tunnel_name(tunnel.connection, tunnel.quarter_stream_id)
+
+
+def serving_workers(supervisor: Supervisor) -> int:
+    """Of the active generation: how many take new connections."""
+    return sum(
+        worker.is_serving and worker.generation is supervisor.active
+        for worker in supervisor.workers.values()
+    )
+
+
+def summary(supervisor: Supervisor, statistics: Statistics, wanted_workers: int) -> str:
+    """One line for the service manager."""
+    total = statistics.total()
+    generations = len(supervisor.generations)
+    text = (
+        f"{serving_workers(supervisor)}/{wanted_workers} workers, "
+        f"{counted(total.connections_open, 'connection')}, "
+        f"{counted(total.tunnels_open, 'tunnel')}"
+    )
+    if generations > 1:
+        text += f", {counted(generations - 1, 'generation')} draining"
+    return text

@@ -9,29 +9,29 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from toppy.auth.authenticator import Authenticator
+from toppy.auth.authenticator import Authenticator, SubjectPrefixes
 from toppy.auth.bearer import StaticToken
+from toppy.auth.client_certificate import CertificateTrust
 from toppy.auth.issuer import IssuerVerifier, RoleMapping
 from toppy.auth.jwt import JwtVerifier
+from toppy.config.authentication import AuthSection, OidcSection
 from toppy.config.changes import without_restart
 from toppy.config.gateway import (
-    AuthSection,
     GatewayConfig,
     LoadedConfig,
-    OidcSection,
     parse_gateway_config,
     resolve_path,
 )
 from toppy.control.audit_settings import AuditSettings, audit_settings
+from toppy.control.tls_files import has_inline_secret, read_client_ca, read_server_pair
 from toppy.errors import ConfigError
-from toppy.system.certificate_authority import check_pair, issue_self_signed, names_of
-from toppy.system.files import read_file
+from toppy.system.certificate_authority import issue_self_signed
+from toppy.system.certificate_files import end_of, names_of
+from toppy.system.files import is_open_to_others, read_file
 
 SYSTEM_CONFIG = "/etc/toppy/gateway.toml"
-_CREDENTIALS = Path("/run/credentials")
-"""What systemd keeps for a service (LoadCredential=)."""
 _MIN_TOKEN_CHARACTERS = 8
-_HOT = ("auth", "policy", "resolver", "insecure_no_auth")
+_HOT = ("auth", "policy", "rates", "resolver", "insecure_no_auth")
 """Sections and keys whose settings are all hot; of ``log`` only the level is."""
 
 _Read = Callable[..., bytes]
@@ -47,12 +47,20 @@ class GatewaySettings:
     runtime_dir: Path
     certificate_chain_pem: bytes
     private_key_pem: bytes = field(repr=False)
+    """Not encrypted, whatever the file was."""
     names: tuple[str, ...]
     """DNS names and addresses of the certificate, and localhost: the gateway's own names."""
     authenticator: Authenticator = field(repr=False)
     reset_key: bytes = field(repr=False)
     token_key: bytes = field(repr=False)
     audit: AuditSettings = field(default_factory=AuditSettings)
+    client_ca_pem: bytes = b""
+    """Whose client certificates are accepted; empty: they are not asked for."""
+
+    @property
+    def certificate_ends_at(self) -> float:
+        """Unix time."""
+        return end_of(self.certificate_chain_pem)
 
     def with_hot(self, other: GatewaySettings) -> GatewaySettings:
         """The same with the ``hot`` settings of ``other``. Raises ``ConfigError`` where the two
@@ -63,7 +71,7 @@ class GatewaySettings:
         return replace(
             self,
             config=_safe(self.config.model_copy(update=hot)),
-            authenticator=other.authenticator,
+            authenticator=other.authenticator.trusting(self.authenticator.trust),
             warnings=other.warnings,
         )
 
@@ -93,6 +101,13 @@ class GatewaySettings:
 
 def _safe(mixed: GatewayConfig) -> GatewayConfig:
     """A configuration out of two that were valid each."""
+    try:
+        mixed.check_client_certificates()
+    except ValueError as error:
+        raise ConfigError(
+            f"{error} (a change of [tls] takes a whole reload)",
+            key="auth.client_certificate.accept",
+        ) from None
     try:
         mixed.check_authentication()
     except ValueError as error:
@@ -160,17 +175,10 @@ def load_settings(
             warnings.append(f"{key}: {where} can be read by others; run: chmod 600 {where}")
         return data
 
+    if path is not None and has_inline_secret(config, loaded.variables) and _is_open(path):
+        warnings.append(f"{path} has a secret and can be read by others; run: chmod 600 {path}")
     if config.tls.certificate:
-        chain = read(config.tls.certificate, "tls.certificate")
-        key = read(config.tls.private_key, "tls.private_key", is_secret=True)
-        try:
-            check_pair(chain, key)
-        except ValueError as error:
-            raise ConfigError(
-                f"tls.certificate = {config.tls.certificate!r}, tls.private_key = "
-                f"{config.tls.private_key!r}: {error}",
-                key="tls.certificate",
-            ) from None
+        chain, key = read_server_pair(config.tls, base, read)
         names = _names(chain)
     else:
         if self_signed is None:
@@ -181,7 +189,8 @@ def load_settings(
         warnings.append(
             "no tls.certificate: using a self-signed one for localhost, made at this start"
         )
-    authenticator = _authenticator(config.auth, read, is_open=config.insecure_no_auth)
+    client_ca_pem, trust = read_client_ca(config.tls, read, warnings)
+    authenticator = _authenticator(config.auth, read, trust, is_open=config.insecure_no_auth)
     return GatewaySettings(
         config=config,
         warnings=tuple(warnings),
@@ -196,6 +205,7 @@ def load_settings(
         audit=audit_settings(
             config.audit, base, environ, lambda value, key: _read_text(read, value, key)
         ),
+        client_ca_pem=client_ca_pem,
     )
 
 
@@ -211,10 +221,7 @@ def _base_directory(path: Path | None) -> str:
 
 def _is_open(path: Path) -> bool:
     """Whether others than its owner may read a file."""
-    # where an access list lets one user in; the mode's group bits are its mask then, acl(5)
-    if _CREDENTIALS in path.parents:
-        return False
-    return bool(path.stat().st_mode & (stat.S_IRGRP | stat.S_IROTH))
+    return is_open_to_others(path, stat.S_IRGRP | stat.S_IROTH)
 
 
 def _is_missing(path: Path) -> bool:
@@ -244,7 +251,9 @@ def _names(chain_pem: bytes) -> tuple[str, ...]:
         ) from None
 
 
-def _authenticator(auth: AuthSection, read: _Read, *, is_open: bool) -> Authenticator:
+def _authenticator(
+    auth: AuthSection, read: _Read, trust: CertificateTrust, *, is_open: bool
+) -> Authenticator:
     token = auth.token.get_secret_value() if auth.token is not None else ""
     if auth.token_file:
         token = _read_text(read, auth.token_file, "auth.token_file")
@@ -282,6 +291,11 @@ def _authenticator(auth: AuthSection, read: _Read, *, is_open: bool) -> Authenti
         jwt=verifier,
         oidc=_issuer_verifier(auth.oidc) if auth.oidc.is_configured else None,
         is_open=is_open,
+        prefixes=SubjectPrefixes(auth.jwt.subject_prefix, auth.oidc.subject_prefix),
+        trust=trust,
+        certificate_name=(
+            auth.client_certificate.name_from if auth.client_certificate.accept else None
+        ),
     )
 
 

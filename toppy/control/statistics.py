@@ -25,7 +25,7 @@ class Statistics:
         counters = self._latest.pop(slot, None)
         if counters is None:
             return
-        counters.connections_open = counters.tunnels_open = 0
+        counters.connections_open = counters.tunnels_open = counters.tcp_tunnels_open = 0
         self._past[slot] = self._past.get(slot, WorkerCounters()) + counters
 
     @property

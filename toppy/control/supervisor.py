@@ -16,6 +16,7 @@ from toppy.control.admission import Admission
 from toppy.control.generation import Generation, GenerationState, SettingsFor, Worker
 from toppy.control.listeners import Listeners
 from toppy.control.live_lists import LiveLists
+from toppy.control.rates import Rates
 from toppy.control.saved_state import SavedGeneration, SavedWorker
 from toppy.control.statistics import Statistics
 from toppy.control.tunnel_audit import TunnelAudit
@@ -47,13 +48,17 @@ from toppy.wire.ipc_message import (
     LiveTunnel,
     Owners,
     Ready,
+    Refusals,
     Report,
+    SetBudgets,
+    SetLimits,
     SetLogLevel,
     Stop,
     TokenAnswer,
     TokenRequest,
     ToWorker,
     TunnelPage,
+    Usage,
     WorkerSettings,
     encode_settings,
 )
@@ -90,6 +95,7 @@ class Supervisor:
         *,
         runtime_dir: str,
         slot_count: int,
+        rates: Rates | None = None,
         on_change: Callable[[], None] = lambda: None,
         start: Callable[[WorkerSettings], Process] | None = None,
     ) -> None:
@@ -98,6 +104,7 @@ class Supervisor:
         self.admission = admission
         self._statistics = statistics
         self._audit = audit
+        self.rates = rates or Rates()
         self._runtime_dir = runtime_dir
         self.slot_count = slot_count
         self._on_change = on_change
@@ -351,6 +358,7 @@ class Supervisor:
         if worker.peer is not None:
             self._by_peer.pop(worker.peer, None)
         self.lists.forget(worker)
+        self.rates.forget(worker)
         if self.workers.get(worker.slot) is not worker:
             return False
         del self.workers[worker.slot]
@@ -494,9 +502,9 @@ class Supervisor:
             return
         match message:
             case TokenRequest():
-                is_valid = self.admission.is_valid(message.authorization)
+                is_valid = self.admission.is_valid(message.authorization, message.certificate)
                 if not is_valid:
-                    self._audit.credential_refused(worker)
+                    self._audit.credential_refused(worker, message.source)
                 self._server.send(peer, TokenAnswer(message.request, is_valid))
             case AdmissionRequest():
                 self._admit(peer, worker, message)
@@ -506,6 +514,10 @@ class Supervisor:
                     self._send(worker, ClosedTaken(number))
 
                 self._audit.closed(worker, message, acknowledge)
+            case Usage():
+                self.rates.receive(worker, message, time.time())
+            case Refusals(refused=refused):
+                self._audit.refused(worker, refused)
             case TunnelPage(request=request, tunnels=tunnels, is_last=is_last):
                 self._receive_page(worker, request, tunnels, is_last)
             case ConnectionPage(request=request, connections=connections, is_last=is_last):
@@ -514,6 +526,7 @@ class Supervisor:
     def _receive_ready(self, worker: Worker, message: Ready) -> None:
         worker.handle(WorkerInput.READY)
         worker.engine = message.engine
+        worker.has_meters = message.has_meters
         _log.info(
             "worker serves",
             slot=worker.slot,
@@ -551,6 +564,7 @@ class Supervisor:
         assert self._group is not None
         if self._decisions >= _MAX_DECISIONS:
             denial = Denial(429, "connection_limit_reached", "too many tunnels are being opened")
+            self._audit.refused_unread(worker, message, denial)
             self._server.send(peer, Admitted(message.request, None, denial))
             return
         self._decisions += 1
@@ -565,11 +579,23 @@ class Supervisor:
                     break
         finally:
             self._decisions -= 1
+        is_renewal = bool(message.address)
+        if isinstance(decision, Grant):
+            decision = self._limit(worker, message, decision, is_renewal=is_renewal)
         decision = self._audit.decided(worker, message, decision)
         if isinstance(decision, Grant):
-            self._server.send(peer, Admitted(message.request, decision, None))
+            if self._server.send(peer, Admitted(message.request, decision, None)):
+                self.rates.sent(worker, decision, is_renewal=is_renewal)
         else:
             self._server.send(peer, Admitted(message.request, None, decision))
+
+    def _limit(
+        self, worker: Worker, message: AdmissionRequest, grant: Grant, *, is_renewal: bool
+    ) -> Grant | Denial:
+        unix_now = time.time()
+        if is_renewal:
+            return self.rates.renew(worker, grant, message.protocol, unix_now)
+        return self.rates.admit(worker, grant, message.protocol, time.monotonic(), unix_now)
 
     def _receive_report(self, report: Report) -> None:
         worker = self.workers.get(report.slot)
@@ -606,6 +632,10 @@ class Supervisor:
         """Have live tunnels ended, their clients told why. False: the worker will not hear it."""
         keys = tuple((tunnel.connection, tunnel.quarter_stream_id) for tunnel in tunnels)
         return self._send(worker, CloseTunnels(keys, denial))
+
+    def tell(self, worker: Worker, message: SetBudgets | SetLimits) -> bool:
+        """False: the worker will not hear it. One of code from before rates need not."""
+        return not worker.has_meters or self._send(worker, message)
 
     def set_log_level(self, level: str) -> None:
         """Of all workers."""

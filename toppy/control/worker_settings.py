@@ -53,6 +53,9 @@ def worker_settings(
             log_level=log_level(),
             log_format=config.log.format,
             core=cores[place % len(cores)] if cores else None,
+            client_ca_pem=settings.client_ca_pem,
+            requires_client_certificate=config.tls.wanted_client_certificates == "required",
+            cipher_suites=config.tls.cipher_suites,
         )
 
     return settings_for

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from toppy.model.rate import NO_LIMITS, Budget, DirectionLimits, Rate, TunnelLimits
 from toppy.policy.token_bucket import TokenBucket
 
+MOST_IDLE_BUDGETS = 4096
+"""Budgets without tunnels that are remembered until what was taken from them has come back."""
 QUOTA_PAUSE_S = 0.5
 """How long a stream waits whose quota is used up, before it asks again."""
 
@@ -46,6 +48,11 @@ class _Side:
             self.bytes = _changed(self.bytes, limits.bytes, now)
             self.datagrams = _changed(self.datagrams, limits.datagrams, now)
             self._limits = limits
+
+    def is_full(self, now: float) -> bool:
+        """Whether one that begins now would have no more."""
+        buckets = (self.bytes, self.datagrams)
+        return all(bucket is None or bucket.is_full(now) for bucket in buckets)
 
     @property
     def is_limited(self) -> bool:
@@ -201,6 +208,9 @@ class _Pool:
         left = budget.quota_left
         self.quota.left = None if left is None else left - self.quota.used
 
+    def is_full(self, now: float) -> bool:
+        return self.to_target.is_full(now) and self.to_client.is_full(now)
+
     def take_demand(self, name: str) -> BudgetDemand | None:
         """None when there is nothing new."""
         there, back = self.to_target, self.to_client
@@ -239,18 +249,23 @@ class _Metered:
 class Meters:
     """The meters of one worker's tunnels, and the budgets that they share.
 
-    A tunnel is known by any key. A budget exists as long as there is a tunnel that names it.
+    A tunnel is known by any key. A budget exists as long as there is a tunnel that names it, and
+    then until its buckets are full again: who closes a tunnel and opens another gains no burst.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, most_idle: int = MOST_IDLE_BUDGETS) -> None:
         self._pools: dict[str, _Pool] = {}
         self._tunnels: dict[Hashable, _Metered] = {}
+        self._most_idle = most_idle
+        self._now = 0.0
+        """The latest that was heard of; whoever opens a tunnel tells it."""
 
     def attach(self, key: Hashable, limits: TunnelLimits, now: float) -> Meter | None:
         """A tunnel is open, or has other limits now. None: nothing limits it.
 
         What its own buckets have gained stays when only the rate changes.
         """
+        self._now = max(self._now, now)
         if not limits.each.is_limited and not limits.budgets and key not in self._tunnels:
             return None
         tunnel = self._tunnels.get(key)
@@ -277,10 +292,11 @@ class Meters:
             self._leave(tunnel.budgets)
 
     def change(self, budgets: Iterable[Budget], now: float) -> None:
-        """Other amounts for budgets that are in use; others are ignored.
+        """Other amounts for budgets that are known; others are ignored.
 
         Which directions a budget limits at all is a matter of ``attach``.
         """
+        self._now = max(self._now, now)
         for budget in budgets:
             pool = self._pools.get(budget.name)
             if pool is not None:
@@ -288,12 +304,19 @@ class Meters:
 
     def take_demands(self) -> Iterator[BudgetDemand]:
         """Budgets with something new, each once; those without a tunnel for the last time."""
+        idle: list[str] = []
         for name, pool in list(self._pools.items()):
             demand = pool.take_demand(name)
             if demand is not None:
                 yield demand
-            if not pool.tunnels:
+            if pool.tunnels:
+                continue
+            if pool.is_full(self._now):
                 del self._pools[name]
+            else:
+                idle.append(name)
+        for name in idle[: max(0, len(idle) - self._most_idle)]:
+            del self._pools[name]
 
     def tell_again(self) -> None:
         """Somebody new listens: every budget has something new."""

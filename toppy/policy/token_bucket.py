@@ -46,6 +46,11 @@ class TokenBucket:
             self._level = min(self._burst, self._level + elapsed_ns * self._bytes_per_s)
         return self._level // _UNIT
 
+    def is_full(self, now: float) -> bool:
+        """Whether nothing is missing from the burst: a new bucket would be the same."""
+        self.available(now)
+        return self._level == self._burst
+
     def take(self, wanted: int, now: float) -> int:
         """Take as many of ``wanted`` bytes as may go now; returns how many, 0 to ``wanted``."""
         granted = min(wanted, self.available(now))

@@ -12,8 +12,9 @@ from toppy.config.policy_time import DAY_MINUTES, DAYS, When, find_zone
 _EVERY_DAY = tuple(range(7))
 _ALL_HOURS = ((0, DAY_MINUTES),)
 _MOST_KNOWN = 256
-_HORIZON_DAYS = 9
-"""A week repeats; one more for what goes over midnight, one for a change of the clocks."""
+_HORIZON_DAYS = 16
+"""A week repeats; clocks that are set forward can swallow all of one week's times, so two; one day
+more for what goes over midnight, one for the change itself."""
 
 
 class TimeWindow:

@@ -12,8 +12,10 @@ from typing import Any, TypeVar
 import msgspec
 
 from toppy.errors import PeerError
+from toppy.model.client_certificate import ClientCertificate
 from toppy.model.counters import WorkerCounters
 from toppy.model.grant import Denial, Grant
+from toppy.model.rate import Budget, TunnelLimits
 
 MAX_MESSAGE_BYTES = 256 * 1024
 PROTOCOL = 1
@@ -65,6 +67,10 @@ class WorkerSettings(msgspec.Struct, frozen=True):
     """No new tunnels while the ends of earlier ones wait for the audit log, too many of them."""
     core: int | None = None
     """The only one to run on."""
+    client_ca_pem: bytes = b""
+    """Whose client certificates are accepted; empty: they are not asked for."""
+    requires_client_certificate: bool = False
+    cipher_suites: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         return f"WorkerSettings(slot={self.slot}, generation={self.generation}, …)"
@@ -89,6 +95,8 @@ class Ready(msgspec.Struct, tag="ready", frozen=True):
     engine: str
     is_draining: bool = False
     """Said again to a new control plane: it was draining already."""
+    has_meters: bool = False
+    """Knows ``SetBudgets`` and ``SetLimits``; workers of code from before rates do not."""
 
 
 class AdmissionRequest(msgspec.Struct, tag="admit", frozen=True):
@@ -107,6 +115,8 @@ class AdmissionRequest(msgspec.Struct, tag="admit", frozen=True):
     resolved anew."""
     connection: int = 0
     quarter_stream_id: int = 0
+    certificate: ClientCertificate | None = None
+    """The connection's, verified."""
 
     def __repr__(self) -> str:
         return f"AdmissionRequest(request={self.request}, host={self.host!r}, port={self.port})"
@@ -117,6 +127,9 @@ class TokenRequest(msgspec.Struct, tag="token", frozen=True):
 
     request: int
     authorization: str | None
+    source: str = ""
+    """The client's address, without the port."""
+    certificate: ClientCertificate | None = None
 
     def __repr__(self) -> str:
         return f"TokenRequest(request={self.request})"
@@ -155,7 +168,13 @@ class LiveTunnel(msgspec.Struct, frozen=True):
     datagrams_to_target: int
     datagrams_to_client: int
     authorization: str | None = None
-    """Only where a changed policy is to be applied to it."""
+    """Only where a changed policy is to be applied to it; likewise ``certificate``."""
+    certificate: ClientCertificate | None = None
+    bytes_to_target: int = 0
+    """Payload bytes, without any header; likewise ``bytes_to_client``."""
+    bytes_to_client: int = 0
+    candidates: tuple[str, ...] = ()
+    """While the target is being reached: every address that is tried."""
 
     def __repr__(self) -> str:
         return f"LiveTunnel({self.connection}, {self.quarter_stream_id}, {self.host!r})"
@@ -194,6 +213,33 @@ class ClosedTunnel(msgspec.Struct, frozen=True):
     bytes_to_client: int
     drops: int
     """Datagrams of this tunnel that its worker could not hand on."""
+    rate_limited: int = 0
+    """Those among them that were over a rate or a quota."""
+    protocol: str = "udp"
+
+
+class BudgetUse(msgspec.Struct, frozen=True):
+    """What a worker's tunnels of one budget wanted and got, since it last said so."""
+
+    name: str
+    tunnels: int
+    """Now; 0: the last word about this budget."""
+    used_bytes: int
+    """Both directions together."""
+    to_target_bytes: int
+    """What was wanted, whether it went or not; likewise the next three."""
+    to_client_bytes: int
+    to_target_datagrams: int
+    to_client_datagrams: int
+
+
+class Usage(msgspec.Struct, tag="usage", frozen=True):
+    """Budgets with something new, of one worker."""
+
+    grants: int
+    """How many grants had reached the worker, whatever became of them, since this control plane
+    was there: those are among ``tunnels``."""
+    budgets: tuple[BudgetUse, ...]
 
 
 class ClosedTunnels(msgspec.Struct, tag="closed_tunnels", frozen=True):
@@ -204,6 +250,24 @@ class ClosedTunnels(msgspec.Struct, tag="closed_tunnels", frozen=True):
     tunnels: tuple[ClosedTunnel, ...]
     lost: int = 0
     """How many the worker had no room for, since its start."""
+
+
+class RefusedRequests(msgspec.Struct, frozen=True):
+    """Requests that a worker refused alike, without asking the control plane."""
+
+    source: str
+    """The client's address, without the port; empty: several."""
+    status: int
+    reason: str
+    target: str
+    """What the last one asked for, where it could be read."""
+    count: int
+
+
+class Refusals(msgspec.Struct, tag="refusals", frozen=True):
+    """Requests that a worker has refused since it last said so, for the audit log."""
+
+    refused: tuple[RefusedRequests, ...]
 
 
 class ClosedTaken(msgspec.Struct, tag="closed_taken", frozen=True):
@@ -248,6 +312,28 @@ class CloseTunnels(msgspec.Struct, tag="close_tunnels", frozen=True):
     denial: Denial
 
 
+class SetBudgets(msgspec.Struct, tag="budgets", frozen=True):
+    """Other amounts for budgets that are in use; others are to be ignored."""
+
+    budgets: tuple[Budget, ...]
+
+
+class TunnelChange(msgspec.Struct, frozen=True):
+    """What a live tunnel is held to from now on."""
+
+    connection: int
+    quarter_stream_id: int
+    rule: str
+    """By which it would be granted now."""
+    limits: TunnelLimits
+
+
+class SetLimits(msgspec.Struct, tag="limits", frozen=True):
+    """The limits have changed: these tunnels live on under others."""
+
+    tunnels: tuple[TunnelChange, ...]
+
+
 class SetLogLevel(msgspec.Struct, tag="log_level", frozen=True):
     """Log from this level on."""
 
@@ -289,7 +375,15 @@ class Report(msgspec.Struct, frozen=True):
 
 
 FromWorker = (
-    Hello | Ready | AdmissionRequest | TokenRequest | TunnelPage | ConnectionPage | ClosedTunnels
+    Hello
+    | Ready
+    | AdmissionRequest
+    | TokenRequest
+    | TunnelPage
+    | ConnectionPage
+    | ClosedTunnels
+    | Refusals
+    | Usage
 )
 ToWorker = (
     Admitted
@@ -299,6 +393,8 @@ ToWorker = (
     | ListTunnels
     | ListConnections
     | CloseTunnels
+    | SetBudgets
+    | SetLimits
     | SetLogLevel
     | ClosedTaken
     | Stop

@@ -21,7 +21,7 @@ import uvloop
 from toppy.ipc.control_channel import ControlClient
 from toppy.ipc.takeover_channel import TakeoverListener
 from toppy.ipc.worker_sockets import takeover_path
-from toppy.model.grant import Grant
+from toppy.model.grant import Denial, Grant
 from toppy.net.quic_driver import QuicDriver
 from toppy.net.udp_socket import UdpSocket
 from toppy.observe.log import configure_logging, get_logger
@@ -55,6 +55,8 @@ from toppy.wire.ipc_message import (
     Owners,
     Ready,
     Report,
+    SetBudgets,
+    SetLimits,
     SetLogLevel,
     Stop,
     TokenAnswer,
@@ -65,18 +67,25 @@ from toppy.wire.ipc_message import (
     pages,
     parse_settings,
 )
+from toppy.worker.client_certificates import certificate_reader
 from toppy.worker.closed_tunnels import ClosedTunnelQueue
+from toppy.worker.refusals import RefusalTable
 from toppy.worker.router import Router
 from toppy.worker.strays import Strays
-from toppy.worker.target import UdpTarget, open_udp_target
-from toppy.worker.tunnel import RouterLimits, Tunnel
+from toppy.worker.target import UdpTarget, connect_tcp_target, open_udp_target
+from toppy.worker.tcp_relay import Connecting, TcpFlow
+from toppy.worker.tunnel import RouterLimits
+from toppy.worker.udp_relay import UdpFlow
 
 _TICK_S = 0.5
 _STRAYS_PER_WAKE_UP = 64
 _TARGET_BUFFER_BYTES = 1 << 20
-_STREAM_WINDOW_BYTES = 128 << 10
+_STREAM_WINDOW_BYTES = 8 << 20
 _CONNECTION_WINDOW_BYTES = 512 << 10
-"""What a stranger can make a worker hold. Tunnels use DATAGRAM frames; capsules need little."""
+"""What a stranger can make a worker hold; UDP tunnels use DATAGRAM frames, their capsules need
+little. A connection with a TCP tunnel gets more: see ``tcp_relay``."""
+_PAUSED_WINDOW_BYTES = 32 << 20
+"""What the targets that do not read can make a connection hold, beyond that."""
 
 _LAST_WORDS_S = 1.0
 """How long a worker that ends waits until its tunnels' ends are in the audit log."""
@@ -99,6 +108,7 @@ class Worker:
                 max_connections_per_source=limits["max_connections_per_source"],
                 retry_threshold=limits["retry_threshold"],
                 handshake_timeout_s=limits["handshake_timeout_s"],
+                attempts_per_source_per_s=limits["max_connection_attempts_per_source_per_s"],
             )
         )
         self._engine = make_engine(
@@ -115,6 +125,7 @@ class Worker:
                 max_bidirectional_streams=limits["max_streams_per_connection"],
                 stream_window_bytes=_STREAM_WINDOW_BYTES,
                 connection_window_bytes=_CONNECTION_WINDOW_BYTES,
+                paused_window_bytes=_PAUSED_WINDOW_BYTES,
                 tunnel_queue_bytes=limits["tunnel_queue_bytes"],
                 connection_queue_bytes=limits["connection_queue_bytes"],
                 connection_id_prefix=encode_prefix(settings.slot, settings.generation),
@@ -123,6 +134,9 @@ class Worker:
                 reset_key=settings.reset_key,
                 token_key=settings.token_key,
                 resumes_sessions=settings.quic["session_resumption"],
+                client_ca_pem=settings.client_ca_pem,
+                requires_client_certificate=settings.requires_client_certificate,
+                cipher_suites=settings.cipher_suites,
             ),
             gate=gate.decide,
             now=now,
@@ -137,9 +151,14 @@ class Worker:
             RouterLimits(
                 max_tunnels_per_connection=limits["max_tunnels_per_connection"],
                 max_failed_auth_per_connection=limits["max_failed_auth_per_connection"],
+                max_failed_auth_per_source_per_min=limits["max_failed_auth_per_source_per_min"],
                 max_pending_admissions=limits["max_pending_admissions"],
                 admission_timeout_s=limits["admission_timeout_s"],
                 tunnel_idle_timeout_s=limits["tunnel_idle_timeout_s"],
+                tcp_idle_timeout_s=limits["tcp_idle_timeout_s"],
+                tcp_connect_timeout_s=limits["tcp_connect_timeout_s"],
+                tcp_max_connecting=limits["tcp_max_connecting"],
+                tcp_max_connecting_per_connection=limits["tcp_max_connecting_per_connection"],
                 early_datagrams_per_tunnel=limits["early_datagrams_per_tunnel"],
                 early_bytes_per_tunnel=limits["early_bytes_per_tunnel"],
                 capsule_queue_bytes=limits["tunnel_queue_bytes"],
@@ -148,6 +167,7 @@ class Worker:
             proxy_name=settings.proxy_name,
             own_names=frozenset(settings.names),
             unix_now=time.time(),
+            read_certificate=certificate_reader(self._engine, settings.client_ca_pem),
         )
         rows = [
             [
@@ -174,6 +194,7 @@ class Worker:
         if not settings.is_steered:
             self._driver.divert(self._strays.sort)
         self._closed = ClosedTunnelQueue()
+        self._refusals = RefusalTable()
         self._all_heard = asyncio.Event()
         self._has_ended = False
         self._connect()
@@ -201,7 +222,7 @@ class Worker:
             return False
         return self._orphaned_at is not None or self._control.send(message)
 
-    def open_target(self, tunnel: Tunnel, grant: Grant) -> UdpTarget:
+    def open_udp(self, tunnel: UdpFlow, grant: Grant) -> UdpTarget:
         """See ``RouterShell``."""
         return open_udp_target(
             tunnel,
@@ -211,9 +232,26 @@ class Worker:
             buffer_bytes=_TARGET_BUFFER_BYTES,
         )
 
+    def connect_tcp(self, flow: TcpFlow, grant: Grant, timeout_s: float) -> Connecting:
+        """See ``RouterShell``."""
+        client = self._engine.peer_address(flow.connection)
+        return connect_tcp_target(flow, grant, timeout_s, client)
+
+    def flush(self) -> None:
+        """See ``RouterShell``."""
+        self._driver.flush_soon()
+
+    def now(self) -> float:
+        """See ``RouterShell``."""
+        return time.monotonic()
+
     def tunnel_closed(self, tunnel: ClosedTunnel) -> None:
         """See ``RouterShell``."""
         self._closed.add(tunnel)
+
+    def refused(self, source: str, target: str, denial: Denial) -> None:
+        """See ``RouterShell``."""
+        self._refusals.add(source, target, denial)
 
     async def run(self) -> None:
         """Serve until told to stop, until drained, or until there is no control plane for long."""
@@ -261,6 +299,7 @@ class Worker:
 
     async def _say_last_words(self) -> None:
         """The ends of its tunnels, until they are in the audit log; not without a control plane."""
+        self._refusals.send(self._control.send)
         self._closed.send(self._control.send, time.monotonic())
         if self._closed and self._orphaned_at is None:
             self._all_heard.clear()
@@ -271,7 +310,9 @@ class Worker:
     def _introduce(self) -> None:
         settings = self._settings
         self._control.send(Hello(settings.slot, settings.generation, os.getpid(), settings.secret))
-        self._control.send(Ready(self._engine.name, self._drain_deadline is not None))
+        self._control.send(
+            Ready(self._engine.name, self._drain_deadline is not None, has_meters=True)
+        )
 
     # the control plane, and its end
 
@@ -305,6 +346,7 @@ class Worker:
         self._introduce()
         self._router.ask_again()
         self._closed.say_again()
+        self._router.metering.tell_again()
         self._report()
 
     def _receive(self, message: ToWorker) -> None:
@@ -338,6 +380,10 @@ class Worker:
             case CloseTunnels(tunnels=closing, denial=denial):
                 self._router.close_tunnels(closing, denial)
                 self._driver.flush_soon()
+            case SetBudgets():
+                self._router.metering.set_budgets(message, now)
+            case SetLimits(tunnels=changes):
+                self._router.metering.set_limits(changes, now)
             case SetLogLevel(level=level):
                 configure_logging(level, self._settings.log_format, process="worker")
             case Stop():
@@ -371,6 +417,8 @@ class Worker:
             self._report()
             if self._orphaned_at is None:
                 self._closed.send(self._control.send, now)
+                self._refusals.send(self._control.send)
+                self._router.metering.send(self._control.send)
             if (
                 self._drain_deadline is not None
                 and (self._router.is_drained or now >= self._drain_deadline)

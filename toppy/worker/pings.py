@@ -6,6 +6,7 @@ from toppy.model.counters import WorkerCounters
 from toppy.quic.endpoint import Endpoint, RawStreamReceived
 from toppy.quic.h3 import H3_EXCESSIVE_LOAD
 from toppy.wire.ipc_message import TokenRequest
+from toppy.worker.guesses import Guesses
 from toppy.worker.questions import Questions
 from toppy.worker.tunnel import Peer, Ping
 
@@ -21,11 +22,13 @@ class Pings:
         self,
         endpoint: Endpoint,
         questions: Questions,
+        guesses: Guesses,
         counters: WorkerCounters,
         peers: dict[int, Peer],
     ) -> None:
         self._endpoint = endpoint
         self._questions = questions
+        self._guesses = guesses
         self._counters = counters
         self._peers = peers
 
@@ -43,11 +46,16 @@ class Pings:
             return True
         self._counters.pings += 1
         word, _, token = said.decode("utf-8", "replace").strip().partition(" ")
+        source = self._endpoint.engine.peer_address(event.connection)
         request = TokenRequest(
-            request=self._questions.next_number, authorization=token.strip() or None
+            request=self._questions.next_number,
+            authorization=token.strip() or None,
+            source=source[0] if source is not None else "",
+            certificate=peer.certificate,
         )
         if (
             word != "ping"
+            or self._guesses.denial(request, now) is not None
             or peer.pings_asked >= _PINGS_AT_ONCE
             or not self._questions.ask(Ping(event.connection, event.stream_id, request))
         ):

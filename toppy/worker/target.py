@@ -1,21 +1,29 @@
-"""The far side of tunnels: connected UDP sockets on the event loop."""
+"""The far side of tunnels: connected sockets on the event loop."""
 
 from __future__ import annotations
 
 import asyncio
+import socket
 import time
 from collections.abc import Callable
 
 from toppy.errors import TargetError
 from toppy.model.grant import Grant
+from toppy.net.paced_socket import PacedSocket
+from toppy.net.stream_socket import StreamSocket
+from toppy.net.tcp import connect_tcp
 from toppy.net.udp_socket import BUSY_S, SendResult, UdpSocket, connect_udp
+from toppy.policy.meter import Lane
 from toppy.protocol.udp_tunnel import Buffer
-from toppy.worker.tunnel import Tunnel
+from toppy.quic.engine import Address
+from toppy.wire.proxy_protocol import encode_proxy_header
+from toppy.worker.tcp_relay import TcpFlow
+from toppy.worker.udp_relay import UdpFlow
 
 _RECEIVES_PER_WAKE_UP = 8
 """Then other tunnels get their turn."""
 
-Received = Callable[[Tunnel, Buffer, int, float], None]
+Received = Callable[[UdpFlow, Buffer, int, float], None]
 
 
 class UdpTarget:
@@ -25,7 +33,7 @@ class UdpTarget:
 
     def __init__(
         self,
-        tunnel: Tunnel,
+        tunnel: UdpFlow,
         address: str,
         socket: UdpSocket,
         received: Received,
@@ -72,7 +80,7 @@ class UdpTarget:
 
 
 def open_udp_target(
-    tunnel: Tunnel,
+    tunnel: UdpFlow,
     grant: Grant,
     received: Received,
     done: Callable[[], None],
@@ -94,3 +102,53 @@ def open_udp_target(
     raise TargetError(
         f"no way to the target: {reason}", status=502, proxy_status="destination_ip_unroutable"
     )
+
+
+def connect_tcp_target(
+    flow: TcpFlow, grant: Grant, timeout_s: float, client: Address | None
+) -> asyncio.Task[None]:
+    """Reach the first of the grant's addresses that answers, and tell the flow.
+
+    ``client`` is the client's address and port, for targets that are to be told of it.
+    """
+
+    async def connect() -> None:
+        try:
+            sock = await connect_tcp(grant.addresses, grant.port, timeout_s=timeout_s)
+            address = _introduce(sock, grant, client)
+        except TargetError as error:
+            flow.not_connected(error, time.monotonic())
+        else:
+            paced = PacedSocket(
+                lambda reader: StreamSocket(sock, reader),
+                flow.relay,
+                lambda: _lanes(flow),
+                call_later=asyncio.get_running_loop().call_later,
+                clock=time.monotonic,
+            )
+            flow.connected(paced, address, time.monotonic())
+        flow.flush()
+
+    return asyncio.get_running_loop().create_task(connect())
+
+
+def _introduce(sock: socket.socket, grant: Grant, client: Address | None) -> str:
+    """Say what is to be said before any payload; the target's address. Raises ``TargetError``."""
+    try:
+        address: str = sock.getpeername()[0]
+        if grant.proxy_protocol:
+            # the buffer of a new connection takes so little at once
+            sock.sendall(encode_proxy_header(client, (address, grant.port)))
+    except OSError as error:
+        sock.close()
+        raise TargetError(
+            f"the target accepted the connection and ended it at once: {error.strerror}",
+            status=502,
+            proxy_status="connection_terminated",
+        ) from None
+    return address
+
+
+def _lanes(flow: TcpFlow) -> tuple[Lane | None, Lane | None]:
+    meter = flow.meter
+    return (meter.to_target, meter.to_client) if meter is not None else (None, None)

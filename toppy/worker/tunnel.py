@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
-from toppy.model.grant import Grant
+from toppy.model.client_certificate import ClientCertificate
+from toppy.model.grant import Denial, Grant
+from toppy.model.target import Target
 from toppy.net.udp_socket import SendResult
+from toppy.policy.meter import Meter
 from toppy.protocol.udp_tunnel import Buffer, UdpTunnel
+from toppy.quic.endpoint import BodyReceived, StreamAborted
+from toppy.quic.h3 import Headers
 from toppy.wire.ipc_message import AdmissionRequest, ClosedTunnel, LiveTunnel, TokenRequest
+from toppy.wire.tunnel_request import TunnelKind
+
+if TYPE_CHECKING:
+    from toppy.worker.tcp_relay import Connecting, TcpFlow
+    from toppy.worker.udp_relay import UdpFlow
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,9 +30,14 @@ class RouterLimits:
 
     max_tunnels_per_connection: int
     max_failed_auth_per_connection: int
+    max_failed_auth_per_source_per_min: int
     max_pending_admissions: int
     admission_timeout_s: float
     tunnel_idle_timeout_s: float
+    tcp_idle_timeout_s: float
+    tcp_connect_timeout_s: float
+    tcp_max_connecting: int
+    tcp_max_connecting_per_connection: int
     early_datagrams_per_tunnel: int
     early_bytes_per_tunnel: int
     capsule_queue_bytes: int
@@ -58,12 +74,30 @@ class RouterShell(Protocol):
         """Send a question to the control plane; False when it cannot be asked now."""
         ...
 
-    def open_target(self, tunnel: Tunnel, grant: Grant) -> TargetSocket:
+    def open_udp(self, tunnel: UdpFlow, grant: Grant) -> TargetSocket:
         """Connect to the grant's first reachable address; raises ``TargetError``."""
+        ...
+
+    def connect_tcp(self, flow: TcpFlow, grant: Grant, timeout_s: float) -> Connecting:
+        """Begin to reach one of the grant's addresses; the flow is told how that ended."""
+        ...
+
+    def flush(self) -> None:
+        """A stream was given something outside of the handling of events: send it soon."""
+        ...
+
+    def now(self) -> float:
+        """The clock with whose readings the router is called."""
         ...
 
     def tunnel_closed(self, tunnel: ClosedTunnel) -> None:
         """A tunnel that was granted has ended: tell the control plane, for the audit log."""
+        ...
+
+    def refused(self, source: str, target: str, denial: Denial) -> None:
+        """A request was refused that the control plane does not know of: the same. ``target`` is
+        empty where the request could not be read.
+        """
         ...
 
 
@@ -89,52 +123,46 @@ class Renewal:
         return self.tunnel.connection
 
 
-class Tunnel:
-    """One request stream and what it carries."""
+class Tunnel(ABC):
+    """One request stream and what it carries. What is special to UDP or TCP is in subclasses."""
 
     __slots__ = (
         "asked_at",
-        "barriers_answered",
         "bytes_to_client",
         "bytes_to_target",
-        "capsules_only",
         "connection",
         "datagrams_to_client",
         "datagrams_to_target",
         "drops",
         "grant",
+        "is_open",
         "last_active",
+        "meter",
         "opened_at",
-        "overflow",
-        "protocol",
+        "rate_limited",
         "renewal",
         "request",
         "stream_id",
-        "target",
     )
 
     def __init__(
         self,
         connection: int,
         stream_id: int,
-        protocol: UdpTunnel,
         request: AdmissionRequest,
         *,
         now: float,
     ) -> None:
         self.connection = connection
         self.stream_id = stream_id
-        self.protocol = protocol
         self.request = request
         self.opened_at = 0.0
         """Unix time."""
         self.asked_at = now
         self.last_active = now
         self.grant: Grant | None = None
-        self.target: TargetSocket | None = None
-        self.capsules_only = False
-        self.overflow = 0
-        self.barriers_answered = 0
+        self.is_open = False
+        """It was granted, its target is reached and the client was told."""
         self.renewal: Renewal | None = None
         """Waits for the control plane's word."""
         self.datagrams_to_target = 0
@@ -143,20 +171,95 @@ class Tunnel:
         self.bytes_to_client = 0
         self.drops = 0
         """Datagrams that could not be handed on; not those that a full engine dropped."""
+        self.rate_limited = 0
+        """Those among them that were over a rate or a quota."""
+        self.meter: Meter | None = None
+        """What it is held to; None: to nothing. It may be another one after any await."""
+
+    @property
+    @abstractmethod
+    def kind(self) -> TunnelKind:
+        """What the request asked for."""
+
+    @property
+    @abstractmethod
+    def address(self) -> str:
+        """Of the target, numeric; empty before it is reached, and for an echo."""
+
+    @property
+    def candidates(self) -> tuple[str, ...]:
+        """While the target is being reached: every address that is tried."""
+        return ()
+
+    @property
+    @abstractmethod
+    def has_capsules(self) -> bool:
+        """Whether the gateway may say something on the stream besides the payload."""
+
+    @property
+    @abstractmethod
+    def offers(self) -> Headers:
+        """Fields of the answer that opens it: which of toppy's capsules it takes."""
+
+    @abstractmethod
+    def idle_timeout_s(self, limits: RouterLimits) -> float:
+        """For how long it may carry nothing."""
+
+    @abstractmethod
+    def take_authorization(self) -> str | None:
+        """A newer credential that the client sent on the open tunnel, once."""
+
+    @abstractmethod
+    def connect(self, grant: Grant, now: float) -> bool:
+        """Reach the target; False: that takes a while, and the router is told. Raises
+        ``TargetError``.
+        """
+
+    @abstractmethod
+    def begin(self, now: float) -> None:
+        """The client was told that the tunnel is open: what it sent before goes to the target."""
+
+    @abstractmethod
+    def receive_body(self, event: BodyReceived, now: float) -> bool:
+        """Bytes of the request stream; True: the client has ended the tunnel with them. Raises
+        ``PeerError`` where they break the protocol.
+        """
+
+    def is_ended_by(self, event: StreamAborted) -> bool:
+        """Whether the tunnel ends because the client gave up one direction of its stream."""
+        del event
+        return True
+
+    def receive_writable(self) -> None:
+        """Less waits on its stream now than the bound of which it wanted to hear."""
+        return
+
+    @abstractmethod
+    def discard_held(self) -> None:
+        """The tunnel is refused: what the client sent before the answer is dropped."""
+
+    @abstractmethod
+    def count_losses(self) -> None:
+        """Bring up to date what was lost at the target's socket."""
+
+    @abstractmethod
+    def release(self) -> None:
+        """The tunnel is over: its target is given up."""
 
     def take_renewal(self, question: int) -> Renewal | None:
         """A newer token that came for the open tunnel, as a question to the control plane; None
         when there is none, or one is asked about already.
         """
-        authorization = self.protocol.authorization
-        if authorization is None or self.renewal is not None:
+        if self.renewal is not None:
             return None
-        self.protocol.authorization = None
+        authorization = self.take_authorization()
+        if authorization is None:
+            return None
         request = msgspec.structs.replace(
             self.request,
             request=question,
             authorization=authorization,
-            address=self.target.address if self.target is not None else "",
+            address=self.address,
         )
         return Renewal(self, request)
 
@@ -174,6 +277,11 @@ class Tunnel:
         """(connection, quarter stream ID)."""
         return self.connection, self.stream_id // 4
 
+    @property
+    def target_name(self) -> str:
+        """What was asked for, ``host:port``."""
+        return str(Target(self.request.host, self.request.port))
+
     def live(self, grant: Grant, source: str, *, with_authorization: bool) -> LiveTunnel:
         """As operators see it; ``source`` is the client's address and port."""
         return LiveTunnel(
@@ -183,13 +291,17 @@ class Tunnel:
             host=self.request.host,
             port=self.request.port,
             protocol=self.request.protocol,
-            address=self.target.address if self.target is not None else "",
+            address=self.address,
             subject=grant.subject,
             rule=grant.rule,
             opened_at=self.opened_at,
             datagrams_to_target=self.datagrams_to_target,
             datagrams_to_client=self.datagrams_to_client,
             authorization=self.request.authorization if with_authorization else None,
+            certificate=self.request.certificate if with_authorization else None,
+            bytes_to_target=self.bytes_to_target,
+            bytes_to_client=self.bytes_to_client,
+            candidates=self.candidates,
         )
 
     def closed(self, grant: Grant, reason: str, unix_now: float) -> ClosedTunnel:
@@ -209,6 +321,8 @@ class Tunnel:
             datagrams_to_client=self.datagrams_to_client,
             bytes_to_client=self.bytes_to_client,
             drops=self.drops,
+            rate_limited=self.rate_limited,
+            protocol=self.request.protocol,
         )
 
 
@@ -228,3 +342,9 @@ class Peer:
     """Pings of this connection that the control plane has not answered yet."""
     opened_at: float = 0.0
     """Unix time."""
+    certificate: ClientCertificate | None = None
+    """What its client has shown, verified."""
+    tails: set[int] = field(default_factory=set)
+    """Streams of tunnels that ended in order while the last bytes to the client still waited."""
+    idle_since: float | None = None
+    """While the worker drains: since when there is nothing left to do for it."""
