@@ -8,11 +8,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.serialization import Encoding
 from typer.testing import CliRunner, Result
 
 from tests.system.certificate_samples import authority, sample
+from toppy.auth.client_certificate import parse_client_certificate, subject_of
 from toppy.cli.toppy_gw import app
+from toppy.control import certificates
 from toppy.control.init import write_development_files
+from toppy.system.certificate_authority import issue_server_certificate
 from toppy.system.certificate_files import describe_certificate, parse_certificates
 
 PASSPHRASE = "correct horse battery"
@@ -64,6 +68,34 @@ def test_nothing_is_overwritten_without_force(pki: Path, what: tuple[str, ...]) 
     assert {path.name: path.read_bytes() for path in pki.iterdir()} == before
     assert cert(command, pki, *more, "--force").exit_code == 0
     assert {path.name: path.read_bytes() for path in pki.iterdir()} != before
+
+
+def test_of_two_commands_at_once_one_writes_and_the_other_says_so(
+    pki: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def make_slowly(*arguments: object, **options: object) -> object:
+        (pki / "server-key.pem").write_text("of the other command")
+        return issue_server_certificate(*arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(certificates, "issue_server_certificate", make_slowly)
+    refused = cert("server", pki)
+    assert refused.exit_code == 1
+    assert "server-key.pem has just been written by somebody else" in refused.stderr
+    assert (pki / "server-key.pem").read_text() == "of the other command"
+    assert not (pki / "server.pem").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "subject"),
+    [("Alice", "cert:alice"), ("b.example", "cert:b.example"), ("A@b.example", "cert:A@b.example")],
+)
+def test_rules_call_a_client_what_the_command_says(pki: Path, name: str, subject: str) -> None:
+    made = cert("client", pki, name)
+    assert f'subjects = ["{subject}"]' in made.stdout
+    chain = [parse_certificates((pki / f"{name}.pem").read_bytes())[0].public_bytes(Encoding.DER)]
+    found = parse_client_certificate(chain, parse_certificates((pki / "ca.pem").read_bytes()))
+    assert found is not None
+    assert subject_of(found, "san") == subject
 
 
 def test_an_encrypted_ca_signs_with_its_passphrase_alone(tmp_path: Path) -> None:

@@ -71,30 +71,49 @@ def test_connections_and_tunnels_are_shown_in_one_line_each() -> None:
     tunnel = {
         "name": "s0g2c17t0",
         "source": "192.0.2.1:50000",
+        "protocol": "udp",
         "target": "[2001:db8::2]:53",
         "subject": "alice",
         "rule": "office DNS",
         "since": time.time() + 10,
-        "datagrams_to_target": 5,
-        "datagrams_to_client": 6,
+        "bytes_to_target": 5,
+        "bytes_to_client": 6_543_210,
     }
-    shown = rows(render_tunnels({"tunnels": [tunnel]}))
+    waiting = {**tunnel, "protocol": "tcp", "since": 0.0}
+    shown = rows(render_tunnels({"tunnels": [tunnel, waiting]}))
     assert shown[2] == [
-        *("s0g2c17t0", "alice", "192.0.2.1:50000", "[2001:db8::2]:53", "office", "DNS"),
-        *("0", "s", "5", "6"),
+        *("s0g2c17t0", "alice", "192.0.2.1:50000", "udp", "[2001:db8::2]:53", "office", "DNS"),
+        *("0", "s", "5", "B", "6.5", "MB"),
     ]
+    assert shown[3][3] == "tcp"
+    assert shown[3][7:9] == ["not", "yet"]  # its target is being reached
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(999, "999 B"), (1000, "1.0 kB"), (999_960, "1.0 MB"), (5 * 10**9, "5.0 GB")],
+)
+def test_bytes_are_shown_in_powers_of_a_thousand(count: int, text: str) -> None:
+    tunnel = {
+        **dict.fromkeys(("name", "source", "protocol", "target", "subject", "rule"), "x"),
+        "since": time.time(),
+        "bytes_to_target": count,
+        "bytes_to_client": 0,
+    }
+    assert text in render_tunnels({"tunnels": [tunnel]})
 
 
 def test_what_strangers_chose_cannot_command_the_terminal_or_be_markup() -> None:
     tunnel = {
         "name": "s0g1c1t0",
         "source": "192.0.2.1:1",
+        "protocol": "udp",
         "target": "192.0.2.2:1",
         "subject": "\x1b[2J[red]eve[/red]\r\n\x9b1m é",
         "rule": "r",
         "since": 0.0,
-        "datagrams_to_target": 0,
-        "datagrams_to_client": 0,
+        "bytes_to_target": 0,
+        "bytes_to_client": 0,
     }
     text = render_tunnels({"tunnels": [tunnel]})
     assert r"\x1b[2J[red]eve[/red]\r\n\x9b1m é" in text
@@ -152,3 +171,18 @@ def test_one_of_a_thing_is_not_many() -> None:
     assert "\n1 connection, 1 tunnel, 1 worker death\n" in text
     text = render_status(status_facts(connections=0, tunnels=2, worker_deaths=0))
     assert "\n0 connections, 2 tunnels, 0 worker deaths\n" in text
+
+
+@pytest.mark.parametrize(
+    ("days", "expected"),
+    [(400, "days left"), (12, "12 days left: REPLACE IT"), (-1, "certificate EXPIRED on ")],
+)
+def test_the_certificates_end_is_part_of_the_status(days: int, expected: str) -> None:
+    own = {"ends_at": time.time() + days * 86_400, "days_left": days}
+    far = {"ends_at": time.time() + 999 * 86_400, "days_left": 999}
+    text = render_status(status_facts(certificates={"server": own, "client_ca": far}))
+    assert expected in text
+    assert "CA of clients" not in text
+    near = render_status(status_facts(certificates={"server": far, "client_ca": own}))
+    assert ("CA of clients" in near) is (days < 30)
+    assert "REPLACE IT" not in render_status(status_facts(certificates={"server": far}))

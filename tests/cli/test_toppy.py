@@ -6,13 +6,17 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from tests.client.gateway import write_config
 from toppy import __version__
 from toppy.cli import toppy as toppy_module
+from toppy.cli import toppy_gw
 from toppy.cli.toppy import app, main
 
 RUNNER = CliRunner()
@@ -30,11 +34,46 @@ def test_the_version_is_printed() -> None:
     assert result.stdout == f"toppy {__version__}\n"
 
 
-def test_help_names_every_command() -> None:
-    result = RUNNER.invoke(app, ["--help"])
-    assert result.exit_code == 0
-    assert {"udp", "doctor"} <= set(result.output.split())
-    assert "--install-completion" in result.output
+def groups_of(program: typer.Typer) -> dict[tuple[str, ...], list[str]]:
+    """Every group of commands by the words that lead to it, with its commands' names."""
+    found: dict[tuple[str, ...], list[str]] = {}
+    waiting: list[tuple[tuple[str, ...], Any]] = [((), get_command(program))]
+    while waiting:
+        words, group = waiting.pop()
+        found[words] = [name for name, command in group.commands.items() if not command.hidden]
+        waiting += [
+            ((*words, name), command)
+            for name, command in group.commands.items()
+            if hasattr(command, "commands")
+        ]
+    return found
+
+
+@pytest.mark.parametrize("program", [app, toppy_gw.app], ids=["toppy", "toppy-gw"])
+def test_help_names_every_command(program: typer.Typer) -> None:
+    groups = groups_of(program)
+    assert {("audit",), ()} <= set(groups)
+    for words, names in groups.items():
+        result = RUNNER.invoke(program, [*words, "--help"])
+        assert result.exit_code == 0
+        # a name is alone at the beginning of its line, or its box's
+        shown = {line.strip("│ ").partition(" ")[0] for line in result.output.splitlines()}
+        assert set(names) <= shown, f"{' '.join(words)} --help"
+
+
+@pytest.mark.parametrize("program", [app, toppy_gw.app], ids=["toppy", "toppy-gw"])
+def test_every_command_says_what_it_does(program: typer.Typer) -> None:
+    for words, names in groups_of(program).items():
+        for name in names:
+            result = RUNNER.invoke(program, [*words, name, "--help"])
+            assert result.exit_code == 0
+            usage, _, rest = result.output.strip().partition("\n")
+            assert usage.startswith("Usage:")
+            assert len(rest.strip(" │╭─╮\n").split("\n")[0].split()) > 2, f"{words} {name}"
+
+
+def test_completion_can_be_installed() -> None:
+    assert "--install-completion" in RUNNER.invoke(app, ["--help"]).output
 
 
 @pytest.mark.parametrize(
@@ -42,7 +81,7 @@ def test_help_names_every_command() -> None:
     [
         ["unknown"],
         ["--unknown"],
-        ["udp"],
+        ["up", "--target", "127.0.0.1:22"],
         ["udp", "--listen", "127.0.0.1:0"],
         ["udp", "--target", "127.0.0.1:9"],
         ["doctor", "extra"],

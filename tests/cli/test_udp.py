@@ -18,7 +18,7 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.client.gateway import write_config
-from toppy.cli import udp as udp_module
+from toppy.cli import forward_entries, forwards
 from toppy.cli.toppy import app
 from toppy.quic import choose
 from toppy.quic.choose import SLOW_ENGINE_NOTICE
@@ -50,7 +50,7 @@ def no_sockets(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("a socket was opened")
 
-    monkeypatch.setattr(udp_module, "bind_udp", refuse)
+    monkeypatch.setattr(forward_entries, "bind_udp", refuse)
 
 
 def invoke(config: Path, *, listen: str = "127.0.0.1:0", target: str = ALLOWED) -> tuple[int, str]:
@@ -132,11 +132,12 @@ def test_an_address_that_is_taken_or_not_ours_exits_with_1(config: Path) -> None
 def test_warnings_and_the_slow_engine_are_told_on_standard_error(
     config: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def run(command: Coroutine[Any, Any, None]) -> None:
+    def run(command: Coroutine[Any, Any, int]) -> int:
         command.close()
+        return 0
 
-    monkeypatch.setattr("toppy.cli.udp.uvloop.run", run)
-    monkeypatch.setattr(udp_module, "set_process_title", lambda _: None)
+    monkeypatch.setattr("toppy.cli.forwards.uvloop.run", run)
+    monkeypatch.setattr(forwards, "set_process_title", lambda _: None)
     monkeypatch.setattr(choose, "has_native_engine", lambda: False)
     monkeypatch.delenv("TOPPY_QUIC_ENGINE", raising=False)
     config.chmod(0o644)

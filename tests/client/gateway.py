@@ -8,15 +8,18 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
+from typing import Self
 
 from tests.quic.certificates import SERVER_NAME, certificates
 from tests.quic.link import make_engine, server_config, split
 from toppy.client.session import GatewaySettings
 from toppy.net.quic_driver import QuicDriver
 from toppy.net.udp_socket import UdpSocket, bind_udp
+from toppy.protocol.udp_tunnel import UdpTunnel, encode_datagram_capsules
 from toppy.quic.endpoint import (
     H3_ALPN,
     PING_ALPN,
+    BodyReceived,
     ConnectionOpened,
     Endpoint,
     EndpointEvent,
@@ -25,6 +28,7 @@ from toppy.quic.endpoint import (
 )
 from toppy.quic.engine import Address
 from toppy.quic.h3 import Headers
+from toppy.wire.connect_tcp import TCP_TEMPLATE_PATH
 from toppy.wire.connect_udp import FORWARD_TEMPLATE_PATH, response_headers
 
 DEADLINE_S = 10.0
@@ -40,10 +44,12 @@ class LoopbackGateway:
         pong: bytes = b"pong",
         alpn_protocols: tuple[str, ...] = (H3_ALPN, PING_ALPN),
         lose: int = 0,
+        pair: tuple[bytes, bytes] | None = None,
     ) -> None:
         """``respond`` gives the answer's headers and whether they end the stream; ``lose`` is how
-        many payloads are not echoed.
+        many payloads are not echoed; ``pair`` is another certificate chain and its key, in PEM.
         """
+        self._pair = pair
         self._respond = respond or (lambda _: (response_headers(200), False))
         self._pong = pong
         self._alpn_protocols = alpn_protocols
@@ -51,9 +57,15 @@ class LoopbackGateway:
         self.events: list[EndpointEvent] = []
         self.payloads: list[bytes] = []
         self.pings: list[bytes] = []
+        self.sources: list[Address] = []
+        """Where each connection came from."""
+        self._protocols: dict[tuple[int, int], UdpTunnel] = {}
 
-    async def __aenter__(self) -> LoopbackGateway:
+    async def __aenter__(self) -> Self:
         config = replace(server_config(), alpn_protocols=self._alpn_protocols)
+        if self._pair is not None:
+            chain, key = self._pair
+            config = replace(config, certificate_chain_pem=chain, private_key_pem=key)
         engine = make_engine("aioquic", config, now=time.monotonic())
         self.endpoint = Endpoint(engine, is_client=False)
         self._socket = UdpSocket(bind_udp("127.0.0.1", 0, buffer_bytes=1 << 20))
@@ -106,9 +118,19 @@ class LoopbackGateway:
     def _pump(self, now: float) -> None:
         for event in self.endpoint.poll_events(now):
             self.events.append(event)
+            if isinstance(event, ConnectionOpened):
+                source = self.endpoint.engine.peer_address(event.connection)
+                assert source is not None
+                self.sources.append(source)
+            elif isinstance(event, BodyReceived):
+                self.receive_capsules(event)
             if isinstance(event, HeadersReceived):
-                headers, ended = self._respond(event)
-                self.endpoint.send_headers(event.connection, event.stream_id, headers, end=ended)
+                answer = self.respond_to(event)
+                if answer is not None:
+                    headers, ended = answer
+                    self.endpoint.send_headers(
+                        event.connection, event.stream_id, headers, end=ended
+                    )
             elif isinstance(event, RawStreamReceived):
                 self.pings.append(event.data)
                 self.endpoint.engine.send_stream(
@@ -123,6 +145,22 @@ class LoopbackGateway:
         self._driver.flush_soon()
         self._changed.set()
 
+    def respond_to(self, event: HeadersReceived) -> tuple[Headers, bool] | None:
+        """The answer's headers and whether they end the stream; None: there is none now."""
+        return self._respond(event)
+
+    def receive_capsules(self, event: BodyReceived) -> None:
+        """As the gateway's echo: in an HTTP Datagram where one is large enough."""
+        key = event.connection, event.stream_id
+        protocol = self._protocols.setdefault(key, UdpTunnel(hold_datagrams=0, hold_bytes=0))
+        engine, quarter = self.endpoint.engine, event.stream_id // 4
+        for payload in protocol.receive_body(event.data, ended=event.ended):
+            if len(payload) <= engine.max_payload_bytes(event.connection, quarter):
+                engine.send_datagrams(event.connection, quarter, payload, len(payload))
+            else:
+                capsule = encode_datagram_capsules(payload, len(payload))
+                self.endpoint.send_body(event.connection, event.stream_id, capsule)
+
 
 def settings_for(address: Address, **changes: object) -> GatewaySettings:
     """A client's settings for a gateway with the test certificate."""
@@ -131,6 +169,7 @@ def settings_for(address: Address, **changes: object) -> GatewaySettings:
         port=address[1],
         server_name=SERVER_NAME,
         template=f"https://{SERVER_NAME}:{address[1]}{FORWARD_TEMPLATE_PATH}",
+        tcp_template=f"https://{SERVER_NAME}:{address[1]}{TCP_TEMPLATE_PATH}",
         ca_certificates_pem=certificates().ca_pem,
         authorization="the-token",
     )

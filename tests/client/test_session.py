@@ -254,6 +254,17 @@ def test_an_address_that_refuses_does_not_end_the_attempt_while_another_is_left(
     run(scenario)
 
 
+def test_an_address_that_is_nobodys_is_not_dialled(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        watched = Watched(settings_for(("gw.example", 9)))
+        failure = await watched.failure()
+        assert "no address that this host can reach" in failure.reason
+        await watched.stop()
+
+    resolve_to(monkeypatch, ("0.0.0.0", 9), ("::", 9))
+    run(scenario)
+
+
 def test_stopping_while_dialling_leaves_nothing_behind() -> None:
     async def scenario() -> None:
         watched = Watched(settings_for(SILENT))

@@ -24,6 +24,7 @@ from toppy.client.tokens import (
     token_source,
 )
 from toppy.config.client import parse_client_config
+from toppy.errors import ConfigError
 
 T = TypeVar("T")
 
@@ -332,6 +333,29 @@ def test_saml_is_a_device_login_at_the_broker_with_a_hint(tmp_path: Path) -> Non
     assert saml.client == Client("c", "openid offline_access", "gw", {"aarc_idp_hint": "urn:idp"})
     keycloak = settings_of(SAML + 'broker_hint_parameter = "kc_idp_hint"\n', tmp_path)
     assert keycloak.client.hints == {"kc_idp_hint": "urn:idp"}
+
+
+def test_the_service_provider_is_sent_to_a_broker_that_asks_for_it_and_to_no_other(
+    tmp_path: Path,
+) -> None:
+    provider = SAML + 'sp_entity_id = "urn:sp"\n'
+    assert settings_of(provider, tmp_path).client.hints == {"aarc_idp_hint": "urn:idp"}
+    asked = settings_of(provider + 'broker_sp_parameter = "sp"\n', tmp_path)
+    assert asked.client.hints == {"aarc_idp_hint": "urn:idp", "sp": "urn:sp"}
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ('broker_sp_parameter = "sp"\n', "needs sp_entity_id"),
+        ('sp_entity_id = "s"\nbroker_sp_parameter = "aarc_idp_hint"\n', "must differ"),
+    ],
+)
+def test_a_parameter_for_the_service_provider_must_make_sense(
+    tmp_path: Path, text: str, part: str
+) -> None:
+    with pytest.raises(ConfigError, match=part):
+        settings_of(SAML + text, tmp_path)
 
 
 def test_the_file_can_be_chosen(tmp_path: Path) -> None:

@@ -101,16 +101,30 @@ class World:
         for event in self.client.poll_events(self.now):
             if isinstance(event, ConnectionOpened):
                 self.tunnels.connected(event.connection)
+                self.connected_client()
             elif isinstance(event, ConnectionClosed):
                 self.lost.append(event.reason)
                 self.tunnels.disconnected(event.connection)
+                self.disconnected_client(event.connection)
             else:
                 self.tunnels.handle(event, self.now)
+                self.handle_client(event)
         for connection, quarter, payloads, size in self.client.poll_datagrams():
             self.tunnels.receive_datagrams(connection, quarter, payloads, size, self.now)
         for connection in self.tunnels.take_deserted():
             self.deserted.append(connection)
             self.client.close(connection, H3_NO_ERROR, "", self.now)
+
+    # for whatever else the client has than UDP tunnels
+
+    def connected_client(self) -> None:
+        """The client has a connection."""
+
+    def disconnected_client(self, connection: int) -> None:
+        """The client has lost one."""
+
+    def handle_client(self, event: EndpointEvent) -> None:
+        """Something else has happened at the client."""
 
     def accept(self, index: int = -1) -> HeadersReceived:
         request = self.requests[index]

@@ -133,6 +133,8 @@ def client(
         _say_written(written)
     except ConfigError as error:
         _fail(error)
+    subject = name if "@" in name else name.lower()  # host names have no case
+    typer.echo(f'\nrules of the gateway call it: subjects = ["cert:{subject}"]')
     typer.echo("\nin the client's configuration:")
     for key, path in zip(("client_certificate", "client_key"), written, strict=True):
         typer.echo(f"  {key} = {toml_text(str(path))}")

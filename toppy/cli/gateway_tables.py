@@ -14,6 +14,8 @@ from rich.text import Text
 
 from toppy.model.counters import counted
 
+WARN_DAYS = 30
+"""Fewer are said loudly."""
 _WIDTH = 240
 """Of tables: nothing is cut, whatever reads them; a terminal breaks longer lines itself."""
 
@@ -41,6 +43,9 @@ def render_status(facts: dict[str, Any]) -> str:
         )
     if (audit := facts.get("audit")) is not None and audit["path"]:
         lines.append(_audit_line(audit))
+    for name, each in facts.get("certificates", {}).items():
+        if name == "server" or each["days_left"] < WARN_DAYS:
+            lines.append(_certificate_line(name, each))
     lines.append(
         _table(
             ("generation", "state", "up", ">revision", "workers"),
@@ -79,6 +84,16 @@ def render_status(facts: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _certificate_line(name: str, facts: dict[str, Any]) -> str:
+    what = "certificate" if name == "server" else "CA of clients"
+    until = time.strftime("%Y-%m-%d", time.gmtime(facts["ends_at"]))
+    left = facts["days_left"]
+    if left < 0:
+        return f"{what} EXPIRED on {until}"
+    text = f"{what} until {until}, {counted(left, 'day')} left"
+    return f"{text}: REPLACE IT" if left < WARN_DAYS else text
+
+
 def _audit_line(audit: dict[str, Any]) -> str:
     text = f"audit log {show(audit['path'])}: {audit['entries'] or 0} entries"
     if audit["shipped"] is not None:
@@ -113,11 +128,16 @@ def render_tunnels(facts: dict[str, Any]) -> str:
     if not facts["tunnels"]:
         return "no tunnels" + _unanswered(facts)
     return _table(
-        ("tunnel", "subject", "source", "target", "rule", "open", ">to target", ">to client"),
+        (
+            *("tunnel", "subject", "source", "protocol", "target", "rule", "open"),
+            *(">to target", ">to client"),
+        ),
         (
             (
-                *(each["name"], each["subject"], each["source"], each["target"], each["rule"]),
-                *(ago(each["since"]), each["datagrams_to_target"], each["datagrams_to_client"]),
+                *(each["name"], each["subject"], each["source"], each["protocol"]),
+                *(each["target"], each["rule"]),
+                ago(each["since"]) if each["since"] else "not yet",
+                *(_size(each["bytes_to_target"]), _size(each["bytes_to_client"])),
             )
             for each in facts["tunnels"]
         ),
@@ -188,6 +208,18 @@ def show(value: object) -> str:
         each if each.isprintable() else each.encode("unicode_escape").decode()
         for each in str(value)
     )
+
+
+def _size(count: int) -> str:
+    """Payload bytes: ``512 B``, ``1.5 kB``, ``2.0 GB``."""
+    if count < 1000:
+        return f"{count} B"
+    size = float(count)
+    for unit in ("kB", "MB", "GB"):
+        size /= 1000
+        if size < 999.95:
+            return f"{size:.1f} {unit}"
+    return f"{size / 1000:.1f} TB"
 
 
 def _milliseconds(seconds: float | None) -> str:

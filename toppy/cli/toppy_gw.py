@@ -12,6 +12,8 @@ import typer
 
 from toppy import __version__
 from toppy.cli.audit import audit_app
+from toppy.cli.cert import cert_app
+from toppy.cli.policy import gateway_policy_app
 from toppy.errors import ConfigError, ToppyError
 
 app = typer.Typer(
@@ -22,6 +24,8 @@ app = typer.Typer(
 )
 
 app.add_typer(audit_app("toppy-gw"), name="audit")
+app.add_typer(cert_app, name="cert")
+app.add_typer(gateway_policy_app(), name="policy")
 
 ConfigOption = Annotated[
     str | None,

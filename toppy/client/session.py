@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from toppy.client.lookup import NameLookupError, look_up
+from toppy.client.tcp_tunnels import TcpTunnels
 from toppy.client.tunnels import Tunnels
 from toppy.errors import ConfigError
 from toppy.model.drop_reason import DropReason
@@ -40,6 +41,8 @@ IDLE_TIMEOUT_S = 20.0
 STABLE_S = 1.0
 """A connection that lasted so long was a good one: the next attempt comes soon."""
 _CLOSE_GRACE_S = 0.05
+CERTIFICATE_REQUIRED = 0x0174
+"""The TLS alert of that name as a QUIC error code (RFC 8446 section 6, RFC 9001 section 4.8)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +54,13 @@ class GatewaySettings:
     server_name: str
     template: str
     """URI template of RFC 9298 section 2."""
+    tcp_template: str
+    """The same for TCP (draft-ietf-httpbis-connect-tcp)."""
     ca_certificates_pem: bytes | None
     authorization: str | None = field(repr=False)
+    certificate_chain_pem: bytes = b""
+    """What this client shows to a gateway that asks; empty: nothing."""
+    private_key_pem: bytes = field(default=b"", repr=False)
     engine: str = "auto"
     congestion_control: CongestionControl = "bbr"
     initial_packet_bytes: int = 1350
@@ -105,6 +113,13 @@ class GatewaySession:
             authorization=settings.authorization,
             on_leave=self._leave,
         )
+        self.streams = TcpTunnels(
+            self._endpoint,
+            self.tunnels,
+            template=settings.tcp_template,
+            authorization=settings.authorization,
+            flush=self.flush_soon,
+        )
         self._driver = QuicDriver(self._endpoint, self._sockets, self._pump)
         self.state = SessionState.CONNECTING
         self._connection: int | None = None
@@ -139,6 +154,7 @@ class GatewaySession:
     def set_authorization(self, token: str) -> None:
         """Show a newer token from now on; open tunnels go on with it."""
         self.tunnels.set_authorization(token)
+        self.streams.set_authorization(token)
         self.flush_soon()
 
     def flush_soon(self) -> None:
@@ -234,11 +250,12 @@ class GatewaySession:
                 case ConnectionOpened(connection=connection):
                     if connection in self._attempts and self._opened is not None:
                         self._receive_opened(connection)
-                case ConnectionClosed(connection=connection, reason=reason):
-                    self._receive_closed(connection, reason)
+                case ConnectionClosed(connection=connection):
+                    self._receive_closed(connection, why_closed(event))
                 case _:
                     if event.connection in self._connections:
                         self.tunnels.handle(event, now)
+                        self.streams.handle(event)
         for (
             connection,
             quarter_stream_id,
@@ -288,6 +305,7 @@ class GatewaySession:
         self._left = loop.create_future()
         self._opened.set_result(None)
         self.tunnels.connected(connection)
+        self.streams.connected()
         self._set_state(SessionState.CONNECTED)
 
     def _leave(self) -> None:
@@ -317,6 +335,7 @@ class GatewaySession:
                 if self._opened is not None:  # on the move
                     self._set_state(SessionState.CONNECTING)
             self.tunnels.disconnected(connection)
+            self.streams.disconnected(connection)
 
     def _set_state(self, state: SessionState) -> None:
         self.state = state
@@ -342,12 +361,21 @@ class _DialError(Exception):
     """One attempt to reach the gateway failed."""
 
 
+def why_closed(event: ConnectionClosed) -> str:
+    """Why a connection ended, with what to do about it where that is the configuration."""
+    if event.by_peer and event.error_code == CERTIFICATE_REQUIRED:
+        return f"{event.reason}: set client_certificate and client_key"
+    return event.reason
+
+
 def make_client_engine(settings: GatewaySettings, alpn_protocol: str, now: float) -> Engine:
     """An engine that dials the gateway. Raises ``ConfigError`` for what it cannot work with."""
     config = EngineConfig(
         is_client=True,
         alpn_protocols=(alpn_protocol,),
         ca_certificates_pem=settings.ca_certificates_pem,
+        certificate_chain_pem=settings.certificate_chain_pem,
+        private_key_pem=settings.private_key_pem,
         idle_timeout_s=IDLE_TIMEOUT_S,
         keep_alive_s=KEEP_ALIVE_S,
         congestion_control=settings.congestion_control,
@@ -361,9 +389,15 @@ def make_client_engine(settings: GatewaySettings, alpn_protocol: str, now: float
 
 
 def reachable(addresses: list[Address], sockets: list[UdpSocket]) -> list[Address]:
-    """Those of a family that one of ``sockets`` has."""
+    """Those of a family that one of ``sockets`` has; 0.0.0.0, which filtering name servers answer,
+    is nobody's.
+    """
     families = {sock.is_ipv6 for sock in sockets}
-    return [address for address in addresses if (":" in address[0]) in families]
+    return [
+        address
+        for address in addresses
+        if (":" in address[0]) in families and address[0] not in ("0.0.0.0", "::")  # noqa: S104
+    ]
 
 
 def open_sockets(buffer_bytes: int) -> list[UdpSocket]:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import stat
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from cryptography import x509
 
+from toppy.client.policy import policy_warnings
 from toppy.client.session import GatewaySettings
 from toppy.config.client import ClientConfig, client_config_path, parse_client_config
 from toppy.errors import ConfigError
 from toppy.model.target import Target
-from toppy.system.files import read_file
+from toppy.system.certificate_files import check_pair, is_encrypted, plain_key_pem
+from toppy.system.files import is_open_to_others, read_file
+from toppy.wire.connect_tcp import TCP_TEMPLATE_PATH
 from toppy.wire.connect_udp import FORWARD_TEMPLATE_PATH
 
 DEFAULT_MTU = 1350
@@ -45,7 +50,22 @@ def load_client_config(flag: str | None, environ: Mapping[str, str]) -> LoadedCl
     warnings = []
     if _has_secret(config) and mode & (stat.S_IRGRP | stat.S_IROTH):
         warnings.append(f"{path} has a secret and can be read by others; run: chmod 600 {path}")
+    warnings += policy_warnings(config)
+    for key, value in _secret_files(config):
+        where = path.absolute().parent / value
+        with contextlib.suppress(OSError):  # whoever needs it says that it cannot be read
+            if is_open_to_others(where, stat.S_IRGRP | stat.S_IROTH):
+                warnings.append(f"{key}: {where} can be read by others; run: chmod 600 {where}")
     return LoadedClientConfig(config, path, tuple(warnings))
+
+
+def _secret_files(config: ClientConfig) -> list[tuple[str, str]]:
+    named = (
+        ("client_key", config.client_key),
+        ("client_key_passphrase_file", config.client_key_passphrase_file),
+        ("proxy.password_file", config.proxy.password_file),
+    )
+    return [(key, value) for key, value in named if value is not None]
 
 
 def _has_secret(config: ClientConfig) -> bool:
@@ -54,6 +74,7 @@ def _has_secret(config: ClientConfig) -> bool:
         config.auth_token,
         config.audit_signing_key,
         config.audit_ship_token,
+        config.proxy.password,
     )
     return any(secret is not None for secret in secrets)
 
@@ -69,6 +90,7 @@ def gateway_settings(
     ca = None
     if config.ca_cert_path is not None:
         ca = _read_certificates(loaded.path.absolute().parent / config.ca_cert_path)
+    chain, key = _client_pair(loaded)
     authority = Target(config.gateway, config.port)
     token = config.token
     return GatewaySettings(
@@ -76,12 +98,42 @@ def gateway_settings(
         port=config.port,
         server_name=config.server_name or config.gateway,
         template=config.gateway_template or f"https://{authority}{FORWARD_TEMPLATE_PATH}",
+        tcp_template=config.gateway_tcp_template or f"https://{authority}{TCP_TEMPLATE_PATH}",
         ca_certificates_pem=ca,
         authorization=authorization or (token.get_secret_value() if token is not None else None),
+        certificate_chain_pem=chain,
+        private_key_pem=key,
         engine=config.quic.engine,
         congestion_control=config.quic.congestion_control,
         initial_packet_bytes=max(1200, config.mtu or DEFAULT_MTU),
     )
+
+
+def _client_pair(loaded: LoadedClientConfig) -> tuple[bytes, bytes]:
+    """What the client shows: certificate and open key, or nothing. Raises ``ConfigError``."""
+    config, base = loaded.config, loaded.path.absolute().parent
+    if config.client_certificate is None or config.client_key is None:
+        return b"", b""
+    chain = read_file(base / config.client_certificate, "client_certificate")
+    key = read_file(base / config.client_key, "client_key")
+    passphrase = None
+    if config.client_key_passphrase_file is not None:
+        where = base / config.client_key_passphrase_file
+        passphrase = read_file(where, "client_key_passphrase_file").rstrip(b"\r\n")
+    elif is_encrypted(key):
+        raise ConfigError(
+            f"client_key: {base / config.client_key} is encrypted: set client_key_passphrase_file",
+            key="client_key",
+        )
+    try:
+        check_pair(chain, key, now=time.time(), passphrase=passphrase)
+        return chain, plain_key_pem(key, passphrase)
+    except ValueError as error:
+        raise ConfigError(
+            f"client_certificate = {config.client_certificate!r}, client_key = "
+            f"{config.client_key!r}: {error}; a new one is made by: toppy-gw cert client",
+            key="client_certificate",
+        ) from None
 
 
 def _read_certificates(path: Path) -> bytes:

@@ -19,10 +19,12 @@ from toppy.auth.oidc import (
     refresh_request,
 )
 from toppy.auth.token_cache import CachedTokens, TokenCacheError
+from toppy.client.own_identity import NOBODY, identity_of_login, identity_of_token
 from toppy.client.settings import LoadedClientConfig
 from toppy.client.token_store import TokenStore
 from toppy.config.client import OidcAuthCodePkceAuth, OidcDeviceCodeAuth, SamlAuth
 from toppy.errors import ToppyError
+from toppy.model.identity import Identity
 from toppy.net.oidc_http import ProviderConnection
 from toppy.protocol.backoff import Backoff
 
@@ -77,6 +79,8 @@ def login_settings(loaded: LoadedClientConfig, environ: Mapping[str, str]) -> Lo
             )
         case SamlAuth():
             hints = {auth.broker_hint_parameter: auth.idp_entity_id}
+            if auth.broker_sp_parameter is not None and auth.sp_entity_id is not None:
+                hints[auth.broker_sp_parameter] = auth.sp_entity_id
             found = LoginSettings(
                 flow="device",
                 issuer=auth.broker_issuer,
@@ -299,3 +303,23 @@ async def token_source(
         return TokenSource(token.get_secret_value() if token is not None else None)
     login = Login(settings, open_store(settings, lambda: ask_passphrase(environ)))
     return TokenSource((await login.current()).access_token, login)
+
+
+def own_identity(
+    loaded: LoadedClientConfig,
+    environ: Mapping[str, str],
+    ask_passphrase: Callable[[Mapping[str, str]], str | None] = passphrase_of,
+) -> Identity:
+    """Who the client's own policy takes it for: by the kept login, or the configuration's token.
+
+    Nothing is renewed or sent, and a passphrase is asked for only where a rule names people.
+    Raises ``TokenCacheError``.
+    """
+    policy = loaded.config.policy
+    settings = login_settings(loaded, environ)
+    if settings is None:
+        return identity_of_token(loaded.config)
+    if policy is None or not any(rule.names_people for rule in policy.rules):
+        return NOBODY
+    tokens = Login(settings, open_store(settings, lambda: ask_passphrase(environ))).read()
+    return identity_of_login(tokens) if tokens is not None else NOBODY

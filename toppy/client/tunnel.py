@@ -16,6 +16,8 @@ class Refusal:
     status: int
     explanation: str
     """A plain sentence: what, which rule, what to do next."""
+    proxy_status: str = ""
+    """The Proxy-Status field (RFC 9209) as the gateway wrote it; empty: none."""
 
 
 class Leg:

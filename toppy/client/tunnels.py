@@ -59,7 +59,7 @@ _QUEUE_BYTES = 1 << 19
 _LOOK_INTERVAL_S = 0.002
 """Between two looks at how far the engine has got."""
 _CAPSULE_QUEUE_BYTES = 1 << 20
-_NO_CAPSULES = (204, 205, 206)
+NO_CAPSULES = (204, 205, 206)
 """With the Capsule Protocol these are malformed (RFC 9297 section 3.2)."""
 
 
@@ -111,6 +111,25 @@ class Tunnels:
             return
         self._close(tunnel)
         self.retry_waiting()
+
+    @property
+    def connection(self) -> int | None:
+        """The one that takes requests now; None: the next will be told to ``connected``."""
+        return None if self._is_departing else self._connection
+
+    def keep(self, connection: int) -> None:
+        """Something else than these tunnels needs a connection, until ``unkeep``."""
+        self._legs_of[connection] += 1
+
+    def unkeep(self, connection: int) -> None:
+        """It does no more."""
+        if connection in self._legs_of:
+            self._legs_of[connection] -= 1
+            self._watch_deserted(connection)
+
+    def leave(self, connection: int) -> None:
+        """The gateway wants this connection to be left."""
+        self._leave(connection)
 
     def set_authorization(self, token: str) -> None:
         """Use a newer token: for requests from now on, and for the tunnels that are open, which
@@ -319,7 +338,7 @@ class Tunnels:
     def _receive_response(self, leg: Leg, event: HeadersReceived, now: float) -> None:
         headers = dict(event.headers)
         status = int(headers[b":status"])
-        if 200 <= status < 300 and status not in _NO_CAPSULES and not event.ended:
+        if 200 <= status < 300 and status not in NO_CAPSULES and not event.ended:
             leg.answers_barrier = headers.get(BARRIER_FIELD[0]) == BARRIER_FIELD[1]
             leg.takes_renewal = headers.get(RENEWAL_FIELD[0]) == RENEWAL_FIELD[1]
             self._renew(leg)
