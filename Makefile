@@ -72,6 +72,7 @@ bench-quick: venv ## The main figures, in a minute; writes nothing
 
 docs: venv ## Write the generated pages of docs/
 	$(BIN)/python -m toppy.config.reference > docs/configuration.md
+	$(BIN)/python -m toppy.client.doctor.report > docs/doctor.schema.json
 
 wheel: venv ## Make a wheel in dist/, for `make install PACKAGE=dist/…whl`
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist \

@@ -321,3 +321,39 @@ def running_udp_client(
         yield port, running
     finally:
         running.stop()
+
+
+UNLIMITED = "[rate]\nbytes_per_sec = 0\nburst_bytes = 0\n"
+
+
+@contextlib.contextmanager
+def running_direct_up(
+    directory: Path, target: str, *options: str, extra: str = UNLIMITED, name: str = "up"
+) -> Iterator[tuple[int, Running]]:
+    """``toppy up --direct`` to a loopback ``target``: its local port, and the process. ``extra`` is
+    TOML of its configuration.
+    """
+    config = directory / f"{name}.toml"
+    config.write_text(
+        f"""
+gateway = "localhost"
+[[policy.allow]]
+cidr = ["127.0.0.0/8", "::1/128"]
+ports = ["1-65535"]
+protocol = "tcp"
+{extra}
+"""
+    )
+    port = free_tcp_port()
+    running = start(
+        [
+            *(BIN / "toppy", "up", "--config", config, "--direct"),
+            *("--listen", f"127.0.0.1:{port}", "--target", target, *options),
+        ],
+        directory / f"{name}.log",
+    )
+    try:
+        running.wait_for_output("toppy up listening on")
+        yield port, running
+    finally:
+        running.stop()

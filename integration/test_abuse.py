@@ -54,6 +54,7 @@ def gateway(
 retry_threshold = {RETRY_THRESHOLD}
 handshake_timeout_s = 2
 max_connections_per_source = {MAX_CONNECTIONS}
+max_failed_auth_per_source_per_min = 0
 max_failed_auth_per_connection = {MAX_FAILED_AUTH}
 max_streams_per_connection = {MAX_STREAMS}
 max_header_bytes = 8192

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.serialization import Encoding
 from hypothesis import given
 from hypothesis import strategies as st
@@ -123,6 +127,24 @@ class TestChain:
         short = find_chain(pairs[4].certificate, presented, [authority().certificate])
         assert short is not None
         assert len(short) == 5
+
+    def test_of_a_renewed_authority_the_certificate_that_ends_last_counts(self) -> None:
+        key = authority().key
+        ends = (NOW + timedelta(days=days) for days in (1, 900, 30))
+        renewed = [
+            x509.CertificateBuilder(
+                authority().certificate.subject,
+                authority().certificate.subject,
+                key.public_key(),
+                number,
+                authority().certificate.not_valid_before_utc,
+                end,
+            )
+            .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+            .sign(key, hashes.SHA256())
+            for number, end in enumerate(ends, 1)
+        ]
+        assert find_chain(ALICE.certificate, [], renewed) == [ALICE.certificate, renewed[1]]
 
 
 class TestAuthentication:

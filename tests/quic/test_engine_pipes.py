@@ -256,6 +256,24 @@ class TestPausedReader:
         assert not pair.server.of(StreamWritable)
         assert pair.client.closed is None
 
+    def test_many_streams_with_more_than_a_turn_are_read_to_their_ends(
+        self, engines: tuple[str, str]
+    ) -> None:
+        windows = {"stream_window_bytes": 2 << 20, "connection_window_bytes": 8 << 20}
+        pair = narrow_pair(engines, **windows)
+        streams = [paused_stream(pair) for _ in range(4)]
+        for stream in streams:
+            data = data_of(3 * READ_TURN_BYTES, stream)
+            pair.client.engine.send_stream(pair.connection, stream, data, end=True)
+        pair.link.run_for(3.0)
+        for stream in streams:
+            pair.server.engine.resume_reading(pair.accepted, stream)
+        pair.link.run_until(lambda: all(map(pair.server.has_ended, streams)))
+        for stream in streams:
+            assert pair.server.stream(stream) == b"x" + data_of(3 * READ_TURN_BYTES, stream)
+        late = open_stream(pair, b"late", end=True)
+        pair.link.run_until(lambda: pair.server.has_ended(late))
+
 
 class TestWindows:
     def test_a_widened_connection_takes_more(self, engines: tuple[str, str]) -> None:
@@ -409,6 +427,74 @@ class TestFairness:
         pair.link.run_until(lambda: pair.server.has_ended(small))
         assert pair.link.now - before < 0.5  # virtual: the path alone takes 0.07 s
         assert pair.client.engine.stream_backlog_bytes(pair.connection, bulk) > 0
+
+    @pytest.mark.parametrize("bytes_per_s", [2e6, 15e6])
+    def test_greedy_streams_share_alike(self, engines: tuple[str, str], bytes_per_s: float) -> None:
+        pair = connect_pair(*engines, link=Link(bytes_per_s=bytes_per_s))
+        streams = []
+        for _ in range(3):  # one after the other: the first has filled the path by then
+            streams.append(open_stream(pair, bytes(12 << 20)))
+            pair.link.run_for(0.2)
+        before = [stream_bytes(pair.server, stream) for stream in streams]
+        pair.link.run_for(0.5)
+        got = [stream_bytes(pair.server, s) - b for s, b in zip(streams, before, strict=True)]
+        assert min(got) > 0.25 * max(got)
+
+    def test_a_message_on_an_old_stream_passes_greedy_ones(self, engines: tuple[str, str]) -> None:
+        pair = connect_pair(*engines, link=Link(bytes_per_s=5e6))
+        talk = open_stream(pair)
+        for _ in range(8):
+            open_stream(pair, bytes(1 << 20))
+        pair.link.run_for(0.3)
+        for count in range(1, 6):
+            before = pair.link.now
+            pair.client.engine.send_stream(pair.connection, talk, bytes(1000))
+            pair.link.run_until(
+                lambda count=count: stream_bytes(pair.server, talk) == 1 + 1000 * count  # type: ignore[misc]
+            )
+            assert pair.link.now - before < 0.2  # virtual
+            pair.link.run_for(0.05)
+
+    def test_ever_more_messages_leave_a_greedy_stream_its_share(
+        self, busy: tuple[Pair, int]
+    ) -> None:
+        pair, bulk = busy
+        talk = open_stream(pair)
+        before = stream_bytes(pair.server, bulk)
+        for _ in range(100):
+            if pair.client.engine.stream_backlog_bytes(pair.connection, talk) < 64 * KIB:
+                pair.client.engine.send_stream(pair.connection, talk, bytes(64 * KIB))
+            pair.link.run_for(0.02)
+        assert stream_bytes(pair.server, bulk) - before > 1e6  # of 4 that the path carries
+        assert stream_bytes(pair.server, talk) > 0.5e6
+
+    def test_a_stream_without_credit_sends_what_it_had_credit_for(
+        self, engines: tuple[str, str]
+    ) -> None:
+        server = server_config(stream_window_bytes=64 * KIB, connection_window_bytes=8 << 20)
+        pair = connect_pair(*engines, server=server, link=Link(bytes_per_s=2e6))
+        stuck = paused_stream(pair)
+        for _ in range(3):
+            open_stream(pair, bytes(8 << 20))
+        pair.link.run_for(0.5)
+        pair.client.engine.send_stream(pair.connection, stuck, bytes(1 << 20))
+        pair.link.run_for(2.0)
+        pair.server.engine.resume_reading(pair.accepted, stuck)
+        pair.link.run_for(0.1)
+        assert stream_bytes(pair.server, stuck) >= 64 * KIB
+
+    def test_streams_that_are_reset_leave_the_others_going(self, engines: tuple[str, str]) -> None:
+        pair = connect_pair(*engines, link=Link(bytes_per_s=2e6))
+        for turn in range(3):
+            streams = [open_stream(pair, bytes(1 << 20)) for _ in range(8)]
+            pair.link.run_for(0.3)
+            for stream in streams[:4]:
+                pair.client.engine.reset_stream(pair.connection, stream, 1)
+            for stream in streams[4:]:
+                pair.server.engine.stop_stream(pair.accepted, stream, 1)
+            small = open_stream(pair, b"still here", end=True)
+            pair.link.run_until(lambda small=small: pair.server.has_ended(small), limit_s=5)  # type: ignore[misc]
+            assert pair.server.stream(small) == b"still here", turn
 
     def test_a_bulk_stream_does_not_starve_datagrams(self, busy: tuple[Pair, int]) -> None:
         pair, bulk = busy

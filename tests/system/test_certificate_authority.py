@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import datetime
 import functools
 import ipaddress
@@ -12,8 +13,9 @@ from pathlib import Path
 
 import pytest
 from cryptography import x509
+from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import load_pem_private_key
+from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from tests.quic.link import attempt, client_config, server_config
@@ -253,3 +255,32 @@ def test_what_is_no_authority_is_refused_with_the_reason() -> None:
     ):
         with pytest.raises(ValueError, match=reason):
             load_ca(certificate, key, passphrase)
+
+
+def test_an_authority_of_another_tool_that_does_not_name_its_key_can_sign() -> None:
+    own = make_ca()
+    subject = own.certificate.subject
+    plain = (
+        x509.CertificateBuilder(subject, subject, own.key.public_key(), 7)
+        .not_valid_before(own.certificate.not_valid_before_utc)
+        .not_valid_after(own.certificate.not_valid_after_utc)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(own.key, hashes.SHA256())
+    )
+    ca = load_ca(plain.public_bytes(Encoding.PEM), own.key_pem)
+    made = issue_server_certificate(ca, ["localhost"]).certificate
+    made.verify_directly_issued_by(plain)
+    named = made.extensions.get_extension_for_class(x509.AuthorityKeyIdentifier).value
+    key_id = x509.SubjectKeyIdentifier.from_public_key(own.key.public_key())
+    assert named.key_identifier == key_id.digest
+
+
+def test_a_certificate_whose_key_nobody_here_knows_is_no_authority() -> None:
+    ca = make_ca()
+    der = ca.certificate.public_bytes(Encoding.DER)
+    # the OID of P-256, made another one
+    other = der.replace(bytes.fromhex("2a8648ce3d030107"), bytes.fromhex("2a8648ce3d03017f"))
+    body = base64.encodebytes(other)
+    pem = b"-----BEGIN CERTIFICATE-----\n" + body + b"-----END CERTIFICATE-----\n"
+    with pytest.raises(ValueError, match="not that of the CA's"):
+        load_ca(pem, ca.key_pem)

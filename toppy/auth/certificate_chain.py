@@ -6,7 +6,7 @@ says in words what a person got wrong. No name constraints, policies or revocati
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
@@ -36,7 +36,8 @@ def find_chain(
 ) -> list[x509.Certificate] | None:
     """From ``leaf`` over those ``presented`` to one of ``authorities``; None: there is no way.
 
-    Signatures and the right to sign are checked, dates are not. A leaf that is itself among the
+    Signatures and the right to sign are checked, dates are not; of several that have signed (a CA
+    that was renewed with its key) the one that ends last is taken. A leaf that is itself among the
     authorities is a chain of one: somebody trusts that very certificate.
     """
     chain = [leaf]
@@ -44,15 +45,18 @@ def find_chain(
         last = chain[-1]
         if last in authorities:
             return chain
-        for authority in authorities:
-            if is_issuer(authority, last):
-                return [*chain, authority]
-        following = (each for each in presented if each not in chain and is_issuer(each, last))
-        issuer = next(following, None)
+        authority = _last_to_end(each for each in authorities if is_issuer(each, last))
+        if authority is not None:
+            return [*chain, authority]
+        issuer = _last_to_end(e for e in presented if e not in chain and is_issuer(e, last))
         if issuer is None:
             return None
         chain.append(issuer)
     return None
+
+
+def _last_to_end(certificates: Iterable[x509.Certificate]) -> x509.Certificate | None:
+    return max(certificates, key=lambda each: each.not_valid_after_utc, default=None)
 
 
 def is_issuer(issuer: x509.Certificate, certificate: x509.Certificate) -> bool:

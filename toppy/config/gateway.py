@@ -435,14 +435,15 @@ class GatewayConfig(Section):
         """A deny rule for a name that nobody has would deny nobody. Raises ``ValueError``."""
         if self.auth.client_certificate.name_from != "san":
             return
-        for each in (*self.policy.rules, *self.policy.roles):
-            for subject in each.subjects:
-                is_host_name = "@" not in subject and subject.count(":") == 1
-                if subject.startswith("cert:") and is_host_name and subject != subject.lower():
-                    raise ValueError(
-                        f"policy: subjects = {subject!r} matches nobody, for host names in "
-                        f"certificates are read in lower case; write {subject.lower()!r}"
-                    )
+        subjects = [subject for rule in self.policy.rules for subject in rule.subjects]
+        subjects += [subject for role in self.policy.roles for subject in role.subjects]
+        for subject in subjects:
+            is_host_name = "@" not in subject and subject.count(":") == 1
+            if subject.startswith("cert:") and is_host_name and subject != subject.lower():
+                raise ValueError(
+                    f"policy: subjects = {subject!r} matches nobody, for host names in "
+                    f"certificates are read in lower case; write {subject.lower()!r}"
+                )
 
     def check_client_certificates(self) -> None:
         """What is a credential must be asked for. Raises ``ValueError``."""

@@ -21,7 +21,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from toppy.auth.certificate_chain import is_authority
 from toppy.model.key_type import KeyType
-from toppy.system.certificate_files import parse_certificates, parse_private_key
+from toppy.system.certificate_files import is_key_of, parse_certificates, parse_private_key
 
 CA_DAYS = 3650
 SERVER_DAYS = 825
@@ -80,7 +80,7 @@ def load_ca(certificate_pem: bytes, key_pem: bytes, passphrase: bytes | None = N
     key = parse_private_key(key_pem, passphrase, "the CA's key file")
     if not isinstance(key, ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey):
         raise ValueError("the CA's key is neither ECDSA nor RSA; make one: toppy-gw cert ca")  # noqa: TRY004
-    if key.public_key() != certificate.public_key():
+    if not is_key_of(key, certificate):
         raise ValueError("the CA's key is not that of the CA's certificate")
     if not is_authority(certificate):
         raise ValueError("the CA's certificate may not sign others; make one: toppy-gw cert ca")
@@ -140,12 +140,17 @@ def _signed(ca: KeyPair, builder: x509.CertificateBuilder, key: SigningKey, days
             f"the CA ends on {end:%Y-%m-%d}, before the certificate would; use --days {left.days} "
             "or less, or make a new CA"
         )
-    authority_id = ca.certificate.extensions.get_extension_for_class(x509.SubjectKeyIdentifier)
-    builder = builder.add_extension(
-        x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(authority_id.value),
-        critical=False,
-    )
+    builder = builder.add_extension(_authority_key_id(ca.certificate), critical=False)
     return KeyPair(builder.sign(ca.key, _hash_for(ca.key)), key)
+
+
+def _authority_key_id(ca: x509.Certificate) -> x509.AuthorityKeyIdentifier:
+    """What names the CA's key; a CA of another tool may have no name for it."""
+    try:
+        own = ca.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
+    except x509.ExtensionNotFound:
+        own = x509.SubjectKeyIdentifier.from_public_key(ca.public_key())
+    return x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(own)
 
 
 def _new_key(key_type: KeyType) -> SigningKey:

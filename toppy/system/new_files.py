@@ -7,7 +7,7 @@ import errno
 import os
 import pwd
 import secrets
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,10 +29,15 @@ def existing_files(directory: Path, files: Sequence[NewFile]) -> list[str]:
 
 
 def write_files(
-    directory: Path, files: Sequence[NewFile], *, owner: pwd.struct_passwd | None = None
+    directory: Path,
+    files: Sequence[NewFile],
+    *,
+    owner: pwd.struct_passwd | None = None,
+    replaces: Collection[str] | None = None,
 ) -> list[Path]:
     """Write every file, or none; their paths. A new directory has mode 0700. What is there is
-    replaced. ``owner`` gets the files that are for the service. Raises ``OSError``.
+    replaced: all of it, or only files of the names in ``replaces``. ``owner`` gets the files that
+    are for the service. Raises ``OSError``: ``FileExistsError`` for what is there and must stay.
     """
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     for file in files:
@@ -40,6 +45,7 @@ def write_files(
             name = str(directory / file.name)
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), name)
     drafts: list[tuple[Path, Path]] = []
+    reserved: list[Path] = []
     try:
         # all that can fail for want of space or rights comes before the first rename
         for file in files:
@@ -52,10 +58,17 @@ def write_files(
                 if owner is not None and file.is_for_service:
                     os.fchown(stream.fileno(), owner.pw_uid, owner.pw_gid)
                 stream.write(file.content)
+        for file in files:
+            if replaces is not None and file.name not in replaces:
+                # two commands at once: only one of them gets the name
+                flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+                os.close(os.open(directory / file.name, flags, file.mode))
+                reserved.append(directory / file.name)
         for draft, path in drafts:
             draft.replace(path)
+        reserved.clear()
     finally:
-        for draft, _ in drafts:
+        for draft in (*(draft for draft, _ in drafts), *reserved):
             with contextlib.suppress(OSError):
                 draft.unlink()
     return [directory / file.name for file in files]

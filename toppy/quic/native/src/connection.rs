@@ -19,7 +19,7 @@ use crate::ending::{Ending, sendable};
 use crate::http_datagram::{Prefix, parse};
 use crate::reading::{StreamReaders, Windows};
 use crate::settings::DATAGRAM_BUFFER_BYTES;
-use crate::streams::{KnownStreams, PROBE_BYTES, StreamWriters};
+use crate::streams::{KnownStreams, StreamWriters};
 
 /// RFC 9297 section 5.2.
 const H3_DATAGRAM_ERROR: u32 = 0x33;
@@ -464,9 +464,6 @@ impl Connection {
             let was_probing = std::mem::take(&mut is_probing);
             if was_probing {
                 self.writers.see_empty();
-            }
-            if transmit.size >= PROBE_BYTES {
-                self.writers.may_probe();
             }
             let datagrams = held - self.held_datagram_bytes();
             let lost = self.quic.stats().path.lost_bytes;

@@ -571,3 +571,65 @@ fn nothing_is_left_of_paused_streams_that_ended() {
     let connection = pair.server.endpoint.find(pair.accepted).unwrap();
     assert!(connection.readers_are_idle());
 }
+
+#[test]
+fn what_came_on_a_stream_between_two_polls_is_one_event() {
+    let mut pair = Pair::connect(|_| {});
+    let streams = [0, 1].map(|_| {
+        let client = &mut pair.client.endpoint;
+        client.open_stream(pair.connection, Dir::Bi).unwrap()
+    });
+    for _ in 0..4 {
+        for stream in streams {
+            let client = &mut pair.client.endpoint;
+            client.send_stream(pair.connection, stream, &[7; 1000], false);
+            // its own packets
+            for transmit in client.poll_transmits(pair.now) {
+                pair.flying.push_back((pair.now, true, transmit.data));
+            }
+        }
+    }
+    assert!(pair.flying.len() >= 8);
+    pair.server.events.clear();
+    pair.run(0.1);
+    let events = streams.map(|stream| Event::StreamData {
+        connection: pair.accepted,
+        stream,
+        data: vec![7; 4000],
+        is_ended: false,
+    });
+    assert_eq!(pair.server.events, events);
+}
+
+#[test]
+fn a_small_message_is_not_behind_what_greedy_streams_have_waiting() {
+    let mut pair = Pair::connect(|_| {});
+    let greedy = [0, 1].map(|_| {
+        let client = &mut pair.client.endpoint;
+        let stream = client.open_stream(pair.connection, Dir::Bi).unwrap();
+        client.send_stream(pair.connection, stream, &[7; 500_000], false);
+        stream
+    });
+    pair.run(0.1);
+    let client = &mut pair.client.endpoint;
+    let small = client.open_stream(pair.connection, Dir::Bi).unwrap();
+    client.send_stream(pair.connection, small, &[8; 100], true);
+    pair.server.events.clear();
+    let before = pair.now;
+    while pair.now < before + 0.06 {
+        pair.step();
+    }
+    let order: Vec<_> = pair
+        .server
+        .events
+        .iter()
+        .filter_map(|event| match event {
+            Event::StreamData { stream, .. } => Some(*stream),
+            _ => None,
+        })
+        .collect();
+    assert!(order.contains(&small), "{order:?}");
+    for stream in greedy {
+        assert!(order.contains(&stream), "{order:?}");
+    }
+}

@@ -100,8 +100,10 @@ impl StreamReaders {
 
     /// A new turn: read what has arrived.
     pub fn read_on(&mut self, quic: &mut Connection, number: u64, out: &mut Outbox) {
+        // both, so that the first that is put back asks for the next turn
+        let mut unread = std::mem::take(&mut self.unread);
         for id in std::mem::take(&mut self.order) {
-            if !self.unread.remove(&id) {
+            if !unread.remove(&id) {
                 continue;
             }
             match read_some(quic, id, number, TURN_BYTES, out) {

@@ -13,16 +13,18 @@ const MAX_SEND_WINDOW_BYTES: u64 = 16 << 20;
 /// In congestion windows: one is on its way, one is on its way back as acknowledgements, and the
 /// rest waits behind a lost packet until it was sent again.
 const SEND_WINDOW_FACTOR: u64 = 4;
-/// What one stream may hand on before the next has its turn. quinn-proto takes packets of all the
-/// streams that it holds in turn, and a receiver has work for each stream in each batch of packets:
-/// so it holds little at a time, in large pieces.
+/// What one stream may hand on before the next has its turn. A receiver has work for each stream in
+/// each batch of packets, so it is much more than a packet.
 const TURN_BYTES: usize = 32 * 1024;
 /// What quinn-proto may hold unsent, as far as we know, beside the last turn; half a congestion
 /// window between these. The most is what two transmits take.
 const LEAST_UNSENT_BYTES: u64 = 16 * 1024;
 const MOST_UNSENT_BYTES: u64 = 128 * 1024;
+/// Of a stream that had nothing waiting, for its first turn: before what quinn-proto holds of all
+/// the others.
+const FRESH_PRIORITY: i32 = 1;
 /// Less than a packet: see `StreamWriters::probe`.
-pub const PROBE_BYTES: usize = 1024;
+const PROBE_BYTES: usize = 1024;
 
 /// Which streams there are: those that we opened and those that the peer opened.
 #[derive(Debug)]
@@ -83,12 +85,13 @@ pub struct StreamWriters {
     fresh: VecDeque<StreamId>,
     /// The others, and those that have just been emptied, so that they are not fresh again at once.
     turns: VecDeque<StreamId>,
+    /// Of the last turn. quinn-proto sends what has the highest priority, packet by packet in turn
+    /// where it is the same: so each turn gets a lower one, and is sent as a whole.
+    priority: i32,
     /// What quinn-proto holds unsent, more or less.
     unsent: u64,
     /// Bytes that the path had lost when `unsent` was last corrected for them.
     lost: u64,
-    /// Nothing was sent since the last probe.
-    has_probed: bool,
     /// Streams whose caller waits until less than so many bytes wait.
     watched: HashMap<StreamId, usize>,
     /// Those that have come to it.
@@ -125,7 +128,10 @@ impl StreamWriters {
         let taken = if first.is_empty() {
             0
         } else {
-            match quic.send_stream(id).write(first) {
+            let priority = self.next_priority();
+            let mut stream = quic.send_stream(id);
+            let _ = stream.set_priority(priority);
+            match stream.write(first) {
                 Ok(taken) => taken,
                 Err(quinn_proto::WriteError::Blocked) => 0,
                 Err(_) => return,
@@ -167,10 +173,23 @@ impl StreamWriters {
     fn take_turn(&mut self, quic: &mut Connection, most: usize) -> Option<Turn> {
         let is_fresh = !self.fresh.is_empty();
         let id = self.fresh.pop_front().or_else(|| self.turns.pop_front())?;
-        let (moved, turn) = self
-            .waiting
-            .get_mut(&id)
-            .map_or((0, Turn::Done), |writer| writer.flush(quic, id, most));
+        let priority = if is_fresh {
+            FRESH_PRIORITY
+        } else {
+            self.next_priority()
+        };
+        let (moved, turn) = self.waiting.get_mut(&id).map_or((0, Turn::Done), |writer| {
+            // errors mean that the stream is gone
+            let mut stream = quic.send_stream(id);
+            let before = stream.priority().unwrap_or_default();
+            let _ = stream.set_priority(priority);
+            let (moved, turn) = writer.flush(quic, id, most);
+            if moved == 0 {
+                // it keeps its place: it may have something there
+                let _ = quic.send_stream(id).set_priority(before);
+            }
+            (moved, turn)
+        });
         self.unsent += moved as u64;
         let is_over = matches!(turn, Turn::Gone) || matches!(turn, Turn::Done) && !is_fresh;
         if is_over || self.turns.is_empty() && matches!(turn, Turn::Done) {
@@ -184,6 +203,12 @@ impl StreamWriters {
         Some(turn)
     }
 
+    /// Behind all others. At the end of the range the rest share one, until quinn-proto has sent all.
+    fn next_priority(&mut self) -> i32 {
+        self.priority = self.priority.saturating_sub(1);
+        self.priority
+    }
+
     /// quinn-proto made a transmit; so many bytes of it were of streams, headers and all. `lost` is
     /// what the path has lost so far: it is sent again.
     pub fn see_sent(&mut self, bytes: u64, lost: u64) {
@@ -194,31 +219,22 @@ impl StreamWriters {
     }
 
     /// quinn-proto has nothing to send, or may not. Give it a little if more waits: if that can be
-    /// sent (say so by `see_empty`), nothing was left there, and `unsent` has become wrong. Once
-    /// until `may_probe`: otherwise these would add up.
+    /// sent (say so by `see_empty`), nothing was left there, and `unsent` has become wrong.
     pub fn probe(&mut self, quic: &mut Connection) -> bool {
-        if self.has_probed || self.waiting.is_empty() {
-            return false;
-        }
-        let before = self.unsent;
         for _ in 0..self.fresh.len() + self.turns.len() {
-            self.take_turn(quic, PROBE_BYTES);
-            if self.unsent > before {
-                self.has_probed = true;
-                return true;
+            match self.take_turn(quic, PROBE_BYTES) {
+                Some(Turn::Blocked) => {}
+                Some(_) => return true,
+                None => return false,
             }
         }
         false
     }
 
-    /// As much as a probe was sent since the last one.
-    pub fn may_probe(&mut self) {
-        self.has_probed = false;
-    }
-
     /// What was given by `probe` could be sent.
     pub fn see_empty(&mut self) {
         self.unsent = 0;
+        self.priority = 0;
     }
 
     /// Put a stream into `take_writable` once less than `below` bytes of it wait.
@@ -343,6 +359,30 @@ mod tests {
         assert_eq!(known.sendable(8), None);
         assert_eq!(known.sendable(1 << 62), None);
         assert_eq!(known.sendable(u64::MAX), None);
+    }
+
+    #[test]
+    fn priorities_fall_until_they_cannot() {
+        let mut writers = StreamWriters::default();
+        assert_eq!([(); 3].map(|()| writers.next_priority()), [-1, -2, -3]);
+        writers.priority = i32::MIN + 1;
+        assert_eq!([(); 3].map(|()| writers.next_priority()), [i32::MIN; 3]);
+        writers.see_empty();
+        assert_eq!(writers.next_priority(), -1);
+    }
+
+    #[test]
+    fn what_is_unsent_follows_what_was_sent_and_lost() {
+        let mut writers = StreamWriters {
+            unsent: 64_000,
+            ..StreamWriters::default()
+        };
+        writers.see_sent(32_000, 0);
+        assert_eq!(writers.unsent, 34_000);
+        writers.see_sent(16_000, 1_000);
+        assert_eq!(writers.unsent, 20_000);
+        writers.see_sent(64_000, 1_000);
+        assert_eq!(writers.unsent, 0);
     }
 
     #[test]
