@@ -18,6 +18,7 @@ from toppy.config.policy import PolicyRule
 from toppy.errors import DeniedError, TargetError, ToppyError
 from toppy.model.identity import Identity
 from toppy.model.target import Target
+from toppy.net import acceptor
 from toppy.net.copy import CopyRelay
 from toppy.net.splice import SpliceRelay
 from toppy.net.tcp import listen_tcp, reset_tcp
@@ -226,7 +227,7 @@ def test_once_fails_when_there_is_no_way() -> None:
 def test_without_descriptors_or_memory_it_waits_and_goes_on(
     monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    monkeypatch.setattr(tcp_forward, "ACCEPT_PAUSE_S", 0.001)
+    monkeypatch.setattr(acceptor, "ACCEPT_PAUSE_S", 0.001)
 
     async def test() -> None:
         loop = asyncio.get_running_loop()

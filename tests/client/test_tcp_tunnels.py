@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import pytest
 
 from tests.client.world import Local, World
+from tests.net.fake_socket import FakeSocket
 from tests.quic.certificates import SERVER_NAME
 from toppy.client.tcp_tunnels import TcpTunnel, TcpTunnels
 from toppy.client.tunnel import Refusal
@@ -96,15 +95,12 @@ class TcpWorld(World):
         }
 
 
-class Near:
+class Near(FakeSocket):
     """A local program's socket, and the tunnel's user."""
 
     def __init__(self, world: TcpWorld) -> None:
+        super().__init__()
         self.world = world
-        self.unsent_bytes = 0
-        self.written = bytearray()
-        self.is_reading = False
-        self.events: list[str] = []
         self.refusals: list[Refusal] = []
         self.overs: list[tuple[str, bool]] = []
         self.gateway = StreamTunnel(StreamFraming.CAPSULES, is_client=False, hold_bytes=0)
@@ -138,26 +134,6 @@ class Near:
         assert self.tunnel.relay is not None
         self.tunnel.relay.receive_end()
         self.world.run()
-
-    def write(self, pieces: Sequence[Buffer]) -> None:
-        for piece in pieces:
-            self.written += piece
-
-    def finish(self) -> bool:
-        self.events.append("finish")
-        return True
-
-    def pause(self) -> None:
-        self.is_reading = False
-
-    def resume(self) -> None:
-        self.is_reading = True
-
-    def close(self) -> None:
-        self.events.append("close")
-
-    def reset(self) -> None:
-        self.events.append("reset")
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.net.fake_socket import FakeSocket
 from toppy.model.rate import DirectionLimits, Rate
 from toppy.net.paced_socket import LEAST_BYTES, PacedSocket
 from toppy.net.stream_socket import READ_BYTES, SocketReader
@@ -63,40 +64,19 @@ class Timer:
         self._clock.cancel(self._number)
 
 
-class Socket:
-    """Takes everything; has as much to read as the test says."""
+class Socket(FakeSocket):
+    """Has as much to read as the test says; keeps the first of what is written."""
 
     def __init__(self, reader: SocketReader) -> None:
+        super().__init__()
         self.reader = reader
         self.read_limit = READ_BYTES
-        self.unsent_bytes = 0
-        self.written = bytearray()
-        """The first of it."""
         self.written_bytes = 0
-        self.is_reading = False
-        self.events: list[str] = []
 
     def write(self, pieces: Sequence[Buffer]) -> None:
-        for piece in pieces:
-            self.written_bytes += len(piece)
-            if self.written_bytes <= _KEPT_BYTES:
-                self.written += piece
-
-    def finish(self) -> bool:
-        self.events.append("finish")
-        return True
-
-    def pause(self) -> None:
-        self.is_reading = False
-
-    def resume(self) -> None:
-        self.is_reading = True
-
-    def close(self) -> None:
-        self.events.append("close")
-
-    def reset(self) -> None:
-        self.events.append("reset")
+        self.written_bytes += sum(map(len, pieces))
+        if self.written_bytes <= _KEPT_BYTES:
+            super().write(pieces)
 
     def bring(self, available: int) -> int:
         """Read as long as it is read; how much is left."""

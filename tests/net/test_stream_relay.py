@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
 import pytest
 
+from tests.net.fake_socket import FakeSocket
 from toppy.errors import PeerError
 from toppy.net.stream_relay import HIGH_WATER_BYTES, StreamRelay
 from toppy.protocol.stream_tunnel import RESET_CODE, Buffer, StreamTunnel, TruncatedStreamError
@@ -49,43 +49,6 @@ class FakeEndpoint:
 
     def abort_stream(self, connection: int, stream_id: int, error_code: int) -> None:
         self.aborted = error_code
-
-
-@dataclass
-class FakeSocket:
-    """Takes ``room`` bytes, then no more until the test says so."""
-
-    room: int = 1 << 30
-    written: bytearray = field(default_factory=bytearray)
-    is_reading: bool = False
-    events: list[str] = field(default_factory=list)
-    can_finish: bool = True
-
-    @property
-    def unsent_bytes(self) -> int:
-        return max(0, len(self.written) - self.room)
-
-    def write(self, pieces: Sequence[Buffer]) -> None:
-        assert pieces
-        for piece in pieces:
-            self.written += piece
-
-    def finish(self) -> bool:
-        assert not self.unsent_bytes
-        self.events.append("finish")
-        return self.can_finish
-
-    def pause(self) -> None:
-        self.is_reading = False
-
-    def resume(self) -> None:
-        self.is_reading = True
-
-    def close(self) -> None:
-        self.events.append("close")
-
-    def reset(self) -> None:
-        self.events.append("reset")
 
 
 class Stage:

@@ -199,6 +199,10 @@ class TestSpecialAddresses:
             ("64:ff9b:1::/48", "64:ff9b:1:8:8:800::", False),
             ("64:ff9b:1:8:8:800::", "64:ff9b:1:8:8:800::", True),
             ("8.8.8.8", "fe80::5efe:808:808", False),
+            ("8.8.8.8", "2600::5efe:808:808", False),
+            ("10.0.0.1", "2600::200:5efe:a00:1", False),
+            ("2600::200:5efe:a00:1", "2600::200:5efe:a00:1", True),
+            ("2600::/16", "2600::5efe:808:808", True),
             ("fe80::/10", "fe80::5efe:808:808", True),
             ("fe80::/10", "fe80::a9fe:a9fe", False),
             ("200::/7", "201::1", True),
@@ -211,6 +215,14 @@ class TestSpecialAddresses:
         self, cidr: str, address: str, is_allowed: bool
     ) -> None:
         assert decide(rules({"cidr": cidr}), address).is_allowed is is_allowed
+
+    def test_who_gives_his_host_an_allowed_hosts_isatap_address_is_not_allowed(self) -> None:
+        # the prefix is anybody's; only a deny rule takes the identifier at its word
+        allowed = {"cidr": ["8.8.8.8", "2600::/16"]}
+        denied = {"action": "deny", "cidr": "8.8.8.8"}
+        assert not decide(rules({"cidr": "8.8.8.8"}), "2a00::5efe:808:808").is_allowed
+        assert decide(rules(allowed), "2600::5efe:808:808").is_allowed
+        assert not decide(rules(allowed, denied), "2600::5efe:808:808").is_allowed
 
     def test_a_name_alone_does_not_open_a_private_address(self) -> None:
         by_name = rules({"host": "db.corp.example"})

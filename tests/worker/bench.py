@@ -5,10 +5,10 @@ targets that do as the test says.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeVar, cast
 
+from tests.net.fake_socket import FakeSocket
 from tests.quic.certificates import SERVER_NAME
 from tests.quic.link import CLIENT, SERVER, Link, client_config, make_engine, server_config, split
 from toppy.errors import TargetError
@@ -105,42 +105,16 @@ class FakeConnecting:
         self.is_cancelled = True
 
 
-class FakeTcpTarget:
-    """Keeps what is written; takes ``room`` bytes, then no more until ``drain``."""
+class FakeTcpTarget(FakeSocket):
+    """The socket to a TCP target."""
 
     def __init__(self, flow: TcpFlow, room: int = 1 << 30) -> None:
+        super().__init__(room)
         self.flow = flow
-        self.written = bytearray()
-        self.room = room
-        self.unsent_bytes = 0
-        self.is_reading = False
-        self.events: list[str] = []
-
-    def write(self, pieces: Sequence[Buffer]) -> None:
-        for piece in pieces:
-            self.written += piece
-        self.unsent_bytes = max(0, len(self.written) - self.room)
 
     def drain(self) -> None:
         """The target reads everything."""
         self.room = 1 << 30
-        self.unsent_bytes = 0
-
-    def finish(self) -> bool:
-        self.events.append("finish")
-        return True
-
-    def pause(self) -> None:
-        self.is_reading = False
-
-    def resume(self) -> None:
-        self.is_reading = True
-
-    def close(self) -> None:
-        self.events.append("close")
-
-    def reset(self) -> None:
-        self.events.append("reset")
 
 
 @dataclass

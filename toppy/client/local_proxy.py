@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import socket
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -15,11 +14,11 @@ from typing import Final, assert_never
 from toppy.client.gateway_far_side import ask_for_stream
 from toppy.client.session import GatewaySession
 from toppy.client.socks_udp import SocksUdpRelay
-from toppy.client.tcp_forward import ACCEPT_PAUSE_S, EXHAUSTED
 from toppy.client.tunnel import Refusal
 from toppy.client.udp_forward import ForwardCounters as DatagramCounters
 from toppy.model.rate import NO_LIMITS, DirectionLimits
 from toppy.model.target import Target
+from toppy.net.acceptor import Acceptor
 from toppy.net.stream_socket import SocketReader, StreamSocket
 from toppy.net.tcp import peer_of, prepare_tcp, reset_tcp
 from toppy.net.tcp_relay import ByteCounters
@@ -102,49 +101,23 @@ class LocalProxy:
         events: ProxyEvents,
     ) -> None:
         """``decide`` is the client's own policy; the gateway has its own besides."""
-        self._listener = listener
         self._session = session
         self._decide = decide
         self._options = options
         self._events = events
-        self._open = 0
-        self._room = asyncio.Event()
-        self._room.set()
+        self._acceptor = Acceptor(
+            listener, options.max_connections, lambda why: events.failed("", "", why)
+        )
         self.counters = ProxyCounters()
 
     @property
     def connections(self) -> int:
         """Open now."""
-        return self._open
+        return self._acceptor.open
 
     async def run(self) -> None:
         """Serve every connection; beyond the most, further ones wait to be accepted."""
-        async with asyncio.TaskGroup() as serving:
-            while True:
-                await self._room.wait()
-                client = await self._accept()
-                self._open += 1
-                if self._open >= self._options.max_connections:
-                    self._room.clear()
-                serving.create_task(self.serve(client)).add_done_callback(self._ended)
-                # a crowd of newcomers must not keep those that are here from being served
-                await asyncio.sleep(0)
-
-    def _ended(self, _: asyncio.Task[None]) -> None:
-        self._open -= 1
-        self._room.set()
-
-    async def _accept(self) -> socket.socket:
-        loop = asyncio.get_running_loop()
-        while True:
-            try:
-                return (await loop.sock_accept(self._listener))[0]
-            except OSError as error:
-                if error.errno in EXHAUSTED:
-                    self._events.failed("", "", error.strerror or str(error))
-                    await asyncio.sleep(ACCEPT_PAUSE_S)
-                elif error.errno == errno.EBADF:
-                    raise
+        await self._acceptor.run(self.serve)
 
     async def serve(self, client: socket.socket) -> None:
         """One program's connection, to its end."""

@@ -6,7 +6,6 @@ The far side is an interface: the target itself (``DirectFarSide``), or a way th
 from __future__ import annotations
 
 import asyncio
-import errno
 import ipaddress
 import os
 import socket
@@ -18,15 +17,12 @@ from typing import Protocol
 from toppy.client.lookup import NameLookupError, look_up
 from toppy.errors import DeniedError, TargetError, ToppyError
 from toppy.model.target import Target
+from toppy.net.acceptor import Acceptor
 from toppy.net.copy import CopyRelay
 from toppy.net.tcp import connect_tcp, peer_of, prepare_tcp, reset_tcp
 from toppy.net.tcp_relay import ByteCounters, Rate, TcpRelay
 from toppy.policy.ruleset import Decision
 from toppy.quic.engine import Address
-
-ACCEPT_PAUSE_S = 0.5
-"""After this process or host had no descriptor or memory for one more connection."""
-EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
 
 class FarStream(Protocol):
@@ -81,42 +77,31 @@ class TcpForward:
         """
         self._listener = listener
         self._far = far
-        self._max_connections = max_connections
         self._on_refused = on_refused
         self._on_problem = on_problem
-        self._open = 0
-        self._room = asyncio.Event()
-        self._room.set()
+        self._acceptor = Acceptor(
+            listener, max_connections, lambda problem: self._on_problem("", problem)
+        )
         self.counters = ForwardCounters()
 
     @property
     def connections(self) -> int:
         """Open now."""
-        return self._open
+        return self._acceptor.open
 
     async def run(self) -> None:
         """Serve every connection."""
-        async with asyncio.TaskGroup() as serving:
-            while True:
-                await self._room.wait()
-                client = await self._accept()
-                self._open += 1
-                if self._open >= self._max_connections:
-                    self._room.clear()
-                task = serving.create_task(self.serve(client))
-                task.add_done_callback(self._ended)
-                # a crowd of newcomers must not keep those that are here from being served
-                await asyncio.sleep(0)
+        await self._acceptor.run(self.serve)
 
     async def run_once(self) -> bool:
         """Serve one connection; whether it reached the target and ended in order."""
-        client = await self._accept()
+        client = await self._acceptor.accept()
         self._listener.close()
-        self._open += 1
+        self._acceptor.open += 1
         try:
             return await self.serve(client)
         finally:
-            self._open -= 1
+            self._acceptor.open -= 1
 
     async def serve(self, client: socket.socket) -> bool:
         """Carry one connection to its end; whether all went well."""
@@ -143,23 +128,6 @@ class TcpForward:
             self.counters.failures += 1
             self._on_problem(peer, problem)
         return not problem
-
-    async def _accept(self) -> socket.socket:
-        loop = asyncio.get_running_loop()
-        while True:
-            try:
-                return (await loop.sock_accept(self._listener))[0]
-            except OSError as error:
-                if error.errno in EXHAUSTED:
-                    self._on_problem("", error.strerror or str(error))
-                    await asyncio.sleep(ACCEPT_PAUSE_S)
-                elif error.errno == errno.EBADF:
-                    raise
-                # whatever else it is, it is the newcomer's: accept(2) reports its errors here
-
-    def _ended(self, _: asyncio.Task[bool]) -> None:
-        self._open -= 1
-        self._room.set()
 
 
 def tcp_relay() -> TcpRelay:
