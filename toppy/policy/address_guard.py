@@ -111,6 +111,14 @@ def embedded_address(address: Address) -> ipaddress.IPv4Address | None:
     return None
 
 
+def destination(address: Address) -> ipaddress.IPv4Address | None:
+    """The IPv4 address that packets to ``address`` go to, or through: ``embedded_address`` where
+    the prefix says so. An ISATAP identifier says nothing outside the one network that uses it:
+    anybody may give his host one that embeds an address of somebody else.
+    """
+    return None if _is_isatap(address) else embedded_address(address)
+
+
 def embedded_network(network: Network) -> ipaddress.IPv4Network | None:
     """The IPv4 network that an IPv6 network embeds, where it lies within one of the forms."""
     if isinstance(network, ipaddress.IPv4Network):

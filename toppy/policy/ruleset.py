@@ -18,6 +18,7 @@ from toppy.policy.address_guard import (
     Address,
     Network,
     Special,
+    destination,
     embedded_address,
     embedded_network,
     special,
@@ -176,7 +177,7 @@ class Ruleset:
         refusals: list[Decision] = []
         for text in addresses:
             found = self._found(text, own_addresses)
-            at_address = [rule for rule in rules if _covers(rule.cidr, found.address)]
+            at_address = [rule for rule in rules if _covers(rule, found.address)]
             decision = self._decide_address(at_address, target, found, now)
             if decision.is_allowed:
                 until = self._until(at_address, target, found, now)
@@ -292,7 +293,7 @@ def _explain(rule: _Rule, asked: Question, addresses: Sequence[_Found], now: flo
     ]
     if rule.window is not None and not rule.window.is_open(now):
         reasons.append(f"when: {rule.window.describe(now)}")
-    covered = [found for found in addresses if _covers(rule.cidr, found.address)]
+    covered = [found for found in addresses if _covers(rule, found.address)]
     if addresses and not covered:
         shown = ", ".join(found.text for found in addresses)
         networks = ", ".join(str(network) for network in rule.cidr)
@@ -311,13 +312,19 @@ def _explain(rule: _Rule, asked: Question, addresses: Sequence[_Found], now: flo
     return RuleFinding(rule.name, rule.action, True, tuple(reasons))
 
 
-def _covers(networks: Sequence[Network], address: Address) -> bool:
-    return not networks or _contains(networks, address)
+def _covers(rule: _Rule, address: Address) -> bool:
+    if not rule.cidr:
+        return True
+    # what is denied is denied in every form; what is allowed must surely be that address
+    leads_to = embedded_address if rule.action == "deny" else destination
+    return _contains(rule.cidr, address, leads_to(address))
 
 
-def _contains(networks: Sequence[Network], address: Address) -> bool:
+def _contains(
+    networks: Sequence[Network], address: Address, inner: ipaddress.IPv4Address | None
+) -> bool:
     """Whether ``address``, or the IPv4 address that it leads to, is in one of ``networks``."""
-    candidates = (address, embedded_address(address))
+    candidates = (address, inner)
     return any(
         candidate in unmapped_network(network)
         for network in networks
@@ -333,7 +340,7 @@ def _names(networks: Sequence[Network], address: Address, special_range: Network
     return any(
         _is_inside(form, special_range)
         for network in networks
-        if _contains((network,), address)
+        if _contains((network,), address, destination(address))
         for form in (unmapped_network(network), embedded_network(network))
         if form is not None
     )
