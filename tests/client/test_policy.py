@@ -114,7 +114,8 @@ def test_a_target_is_read_in_its_canonical_form(text: str, target: Target) -> No
 
 
 @pytest.mark.parametrize(
-    "text", ["", "10.0.0.1", "10.0.0.1:0", "10.0.0.1:65536", "127.1:53", "::1:53", "a b:53", "é:1"]
+    "text",
+    ["", ":53", "10.0.0.1", "10.0.0.1:0", "10.0.0.1:65536", "127.1:53", "::1:53", "a b:53", "é:1"],
 )
 def test_a_bad_target_names_the_option(text: str) -> None:
     with pytest.raises(ConfigError, match="--target"):

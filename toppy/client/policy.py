@@ -19,6 +19,8 @@ from toppy.wire.connect_udp import RequestError, parse_host
 
 def parse_target(option: str, text: str, protocol: Protocol = "udp") -> Target:
     """``HOST:PORT`` with a name or an address. Raises ``ConfigError``."""
+    if text.strip().startswith(":"):
+        raise ConfigError(f"{option}: {text!r} names no host; write HOST:PORT")
     try:
         host, port = parse_host_port(text, may_be_zero=False)
         return Target(parse_host(host), port, protocol)
