@@ -240,3 +240,18 @@ class TestCipherSuites:
         suite = "TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256"
         with pytest.raises(ValueError, match="cipher_suites"):
             make_engine(server_engine, server_config(cipher_suites=(suite,)))
+
+    def test_a_session_without_a_certificate_ends_where_one_becomes_required(self) -> None:
+        pair = connect_pair(
+            "native", "native", client=client_config(), server=asking(required=False)
+        )
+        pair.link.run_for(1)
+        pair.link.attach(make_engine("native", asking(), now=pair.link.now), SERVER)
+        pair.client.events.clear()
+        pair.client.engine.connect(SERVER, "gateway.test", pair.link.now)
+        pair.link.run_until(
+            lambda: any(
+                isinstance(event, ConnectionClosed) and "certificate" in event.reason
+                for event in pair.client.events
+            )
+        )

@@ -243,7 +243,13 @@ impl Settings {
         config.send_tls13_tickets = usize::from(self.resumes_sessions);
         if self.resumes_sessions {
             // a session keeps its client's certificate: another CA means that it is shown again
-            let seen = [&*self.certificate_chain_pem, &*self.client_ca_pem].concat();
+            let is_required = [u8::from(self.requires_client_certificate)];
+            let seen = [
+                &*self.certificate_chain_pem,
+                &*self.client_ca_pem,
+                &is_required,
+            ]
+            .concat();
             config.ticketer = Arc::new(Tickets::new(token_key, &seen));
         }
         QuicServerConfig::with_initial(Arc::new(config), initial_suite()?)
