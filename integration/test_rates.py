@@ -191,7 +191,7 @@ def test_a_quota_that_is_used_up_ends_the_tunnel_and_is_recorded(
     assert entry.facts["rule"] == "quota"
 
 
-def test_who_guesses_credentials_is_told_to_wait_and_others_behind_the_address_go_on(
+def test_who_guesses_credentials_is_told_to_wait_and_who_showed_a_good_one_goes_on(
     gateway: Gateway, targets: dict[str, Target]
 ) -> None:
     async def scenario() -> None:
