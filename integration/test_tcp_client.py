@@ -254,6 +254,28 @@ def test_why_a_tunnel_was_cut_is_told(directory: Path) -> None:
         up.wait_for_output(f"403: target 127.0.0.1:{port} is not allowed: no rule allows it")
 
 
+def test_who_does_not_read_is_cut_off_as_soon(directory: Path) -> None:
+    def pour(sock: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                sock.sendall(bytes(CHUNK))
+
+    with (
+        target(pour) as port,
+        running_gateway(directory) as gateway,
+        running_up(gateway, f"127.0.0.1:{port}") as (local, up),
+        connect(local) as app,
+    ):
+        assert app.recv(1) == b"\0"
+        time.sleep(0.5)  # until every buffer on the way is full
+        change_config(gateway, 'cidr = ["127.0.0.0/8", "::1/128"]', 'cidr = ["127.0.0.9/32"]')
+        operate(gateway, "reload", "--policy-only")
+        up.wait_for_output("a connection was reset")
+        with pytest.raises(ConnectionResetError):
+            while app.recv(CHUNK):
+                pass
+
+
 def test_a_rate_slows_each_direction_and_loses_nothing(gateway: Gateway) -> None:
     rate, burst, size = 4 << 20, 1 << 18, 5 << 20
     with (

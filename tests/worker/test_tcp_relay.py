@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 
 import pytest
@@ -13,7 +14,7 @@ from toppy.model.drop_reason import DropReason
 from toppy.model.grant import Grant
 from toppy.model.target import Target
 from toppy.net.stream_relay import HIGH_WATER_BYTES
-from toppy.protocol.stream_tunnel import RESET_CODE, StreamTunnel
+from toppy.protocol.stream_tunnel import RESET_CODE, StreamTunnel, TruncatedStreamError
 from toppy.quic.endpoint import BodyReceived, HeadersReceived
 from toppy.quic.h3 import H3_MESSAGE_ERROR
 from toppy.wire.capsule import DATAGRAM, encode_authorization, encode_capsule, encode_wrap_up
@@ -490,3 +491,34 @@ def test_when_the_worker_ends_targets_are_reset_and_recorded(tcp: TcpBench) -> N
     assert target.events == ["reset"]
     assert tcp.bench.shell.connecting[-1].is_cancelled
     assert [each.reason for each in tcp.bench.shell.closed] == ["its worker ended"] * 2
+
+
+def test_a_client_that_does_not_read_is_cut_off_all_the_same(bench: Bench) -> None:
+    tcp = TcpBench(bench, StreamFraming.CAPSULES)
+    target = tcp.open()
+    bench.client.endpoint.pause_reading(bench.client.connection, tcp.stream_id)
+    while tcp.is_target_read(target):
+        tcp.from_target(target, bytes(1 << 18))
+    key = (target.flow.connection, target.flow.stream_id // 4)
+    assert bench.router.close_tunnels([key], DENIAL) == 1
+    bench.settle()
+    assert bench.aborts(tcp.stream_id) == set()
+    bench.tick()
+    bench.tick()
+    bench.settle()
+    assert RESET_CODE in bench.aborts(tcp.stream_id)
+
+
+def test_a_client_that_reads_learns_why_and_is_not_cut_off(bench: Bench) -> None:
+    tcp = TcpBench(bench, StreamFraming.CAPSULES)
+    target = tcp.open()
+    key = (target.flow.connection, target.flow.stream_id // 4)
+    assert bench.router.close_tunnels([key], DENIAL) == 1
+    bench.settle()
+    with contextlib.suppress(TruncatedStreamError):
+        tcp.read()
+    assert "not allowed" in (tcp.client.closed_because or "")
+    bench.tick()
+    bench.tick()
+    bench.settle()
+    assert RESET_CODE not in bench.aborts(tcp.stream_id)

@@ -98,6 +98,9 @@ class Router:
         self._peers: dict[int, Peer] = {}
         self._tunnels: dict[tuple[int, int], Tunnel] = {}
         self._drained_since: float | None = None
+        self._ended: list[tuple[int, int]] = []
+        """(connection, stream ID) of tunnels that the gateway has ended since the last tick."""
+        self._ended_before: list[tuple[int, int]] = []
         self._unix_now = unix_now
         self._read_certificate = read_certificate
         self.counters = WorkerCounters()
@@ -422,8 +425,17 @@ class Router:
         if tunnel.has_capsules:
             self._endpoint.send_body(connection, stream_id, said, end=True)
             self._endpoint.stop_reading(connection, stream_id)
+            self._ended.append((connection, stream_id))
         else:
             self._endpoint.abort_stream(connection, stream_id, H3_CONNECT_ERROR)
+
+    def _cut_ended(self) -> None:
+        """Last words wait behind payload that a slow client has not taken: where they have not got
+        through by the second tick, a reset ends the stream without them.
+        """
+        for connection, stream_id in self._ended_before:
+            self._engine.reset_stream(connection, stream_id, H3_CONNECT_ERROR)
+        self._ended_before, self._ended = self._ended, []
 
     def _close_tunnel(self, tunnel: Tunnel, error_code: int) -> None:
         self.counters.protocol_errors += 1
@@ -537,6 +549,7 @@ class Router:
     def tick(self, now: float, unix_now: float) -> None:
         """Once a second or so: end what took too long."""
         self._unix_now = unix_now
+        self._cut_ended()
         if self._drained_since is not None:
             self._close_idle_drained(now)
         for connection in self._gate.overdue(now):
