@@ -26,7 +26,7 @@ from toppy.client.session import GatewaySession
 from toppy.client.tunnel import Refusal
 from toppy.model.rate import DirectionLimits, Rate
 from toppy.model.target import Target
-from toppy.net.tcp import listen_tcp
+from toppy.net.tcp import listen_tcp, reset_tcp
 from toppy.policy.ruleset import Decision
 from toppy.protocol.local_proxy import Credentials
 from toppy.wire.socks import encode_udp_header
@@ -326,6 +326,23 @@ def test_a_program_that_says_nothing_is_sent_away() -> None:
     run(test, ProxyOptions(handshake_timeout_s=0.05))
 
 
+def test_silent_programs_make_room_for_those_that_speak() -> None:
+    async def test(on: Stage) -> None:
+        silent = []
+        for _ in range(3):
+            silent.append(on.program())
+            await until(lambda: on.proxy.counters.connections == len(silent))
+        with pytest.raises(ConnectionResetError):
+            await silent[0].read(1)
+        speaking = on.program()
+        assert await speaking.connect("db.example", ECHO_PORT) == 0
+        with pytest.raises(ConnectionResetError):
+            await silent[1].read(1)
+        assert "had to make room" in on.heard.words[0]
+
+    run(test, ProxyOptions(max_connections=4))
+
+
 def test_programs_that_leave_or_break_off_early_leave_nothing() -> None:
     async def test(on: Stage) -> None:
         silent = on.program()
@@ -333,6 +350,13 @@ def test_programs_that_leave_or_break_off_early_leave_nothing() -> None:
         silent.sock.close()
         await until(lambda: on.proxy.connections == 0)
         assert on.heard.words == ["failed: the program left before it had asked for anything"]
+        broken = on.program()
+        broken.sock.send(b"\x05\x01")
+        await until(lambda: on.proxy.connections == 1)
+        reset_tcp(broken.sock)
+        await until(lambda: on.proxy.connections == 0)
+        assert on.heard.words[1:] == ["failed: Connection reset by peer"]
+        assert len(on.session.streams) == 0
 
     run(test)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import socket
 from pathlib import Path
@@ -13,6 +14,7 @@ from tests.client.tcp_gateway import RESET_PORT, connected
 from toppy.client.gateway_far_side import open_stream
 from toppy.client.stdio_tunnel import StdioConnection, carry_stdio, watchable
 from toppy.model.target import Target
+from toppy.net.tcp import reset_tcp
 from toppy.net.tcp_relay import ByteCounters
 
 DEADLINE_S = 20.0
@@ -60,6 +62,44 @@ def test_one_socket_may_be_both() -> None:
         assert ours.recv(100) == b"hello"
         for fd in (theirs_in, other):
             os.close(fd)
+
+
+def test_an_end_is_told_although_the_same_socket_is_still_read() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        connection = StdioConnection(theirs.fileno(), other := os.dup(theirs.fileno()))
+        connection.shutdown(socket.SHUT_WR)
+        assert ours.recv(100) == b""
+        ours.send(b"late")
+        buffer = bytearray(100)
+        assert connection.recv_into(memoryview(buffer), 100) == 4
+        connection.close()
+        os.close(other)
+
+
+def test_a_reset_of_what_is_read_is_seen_behind_unread_data() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        ours = socket.create_connection(listener.getsockname())
+        theirs, _ = listener.accept()
+    sink = os.open(os.devnull, os.O_WRONLY)
+    with theirs:
+        connection = StdioConnection(theirs.fileno(), sink)
+        assert connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == 0
+        ours.send(b"data")
+        reset_tcp(ours)
+        error = connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        assert error == errno.ECONNRESET
+        connection.close()
+    os.close(sink)
+
+
+def test_a_pipe_has_no_error() -> None:
+    into, from_us = os.pipe(), os.pipe()
+    connection = StdioConnection(into[0], from_us[1])
+    assert connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == 0
+    connection.close()
+    for fd in (*into, *from_us):
+        os.close(fd)
 
 
 def test_a_file_can_be_read_and_written(tmp_path: Path) -> None:

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.net.fake_socket import FakeSocket
-from toppy.model.rate import DirectionLimits, Rate
+from toppy.model.rate import Budget, DirectionLimits, Rate, TunnelLimits
 from toppy.net.paced_socket import LEAST_BYTES, PacedSocket
 from toppy.net.stream_socket import READ_BYTES, SocketReader
-from toppy.policy.meter import Meter, single_meter
+from toppy.policy.meter import Meter, Meters, single_meter
 from toppy.protocol.stream_tunnel import Buffer
 from toppy.wire.connect_tcp import HEADROOM_BYTES
 
@@ -109,11 +109,15 @@ class Relay:
 
 
 class Stage:
-    def __init__(self, rate: Rate | None) -> None:
-        self.clock = Clock()
+    def __init__(self, rate: Rate | None, beside: Stage | None = None) -> None:
+        """``beside``: with the same meter."""
+        self.clock: Clock = beside.clock if beside is not None else Clock()
         self.relay = Relay()
         self.meter: Meter | None = None
-        self.limit(rate)
+        if beside is not None:
+            self.meter = beside.meter
+        else:
+            self.limit(rate)
         self.paced = PacedSocket(
             self._make,
             self.relay,
@@ -160,6 +164,23 @@ def test_the_rate_is_kept_within_two_percent_in_both_directions(mib_per_s: int) 
     for moved in (on.relay.received, on.socket.written_bytes):
         assert moved <= expected
         assert moved >= 0.98 * expected
+
+
+def test_sockets_that_share_a_budget_read_no_more_than_it_has() -> None:
+    rate = Rate(4 * MIB, MIB)
+    first = Stage(rate)
+    both = (first, Stage(None, beside=first))
+    for on in both:
+        on.paced.resume()
+    began = first.clock.now
+    for step in range(1, 401):  # five milliseconds each: two seconds
+        for on in both:
+            on.socket.bring(1 << 50)
+        first.clock.run_until(began + step / 200)
+    received = sum(on.relay.received for on in both)
+    assert 0.98 * (rate.burst + 2 * rate.per_s) <= received
+    # the last read of each is paid for by the next
+    assert received <= rate.burst + 2 * rate.per_s + 2 * LEAST_BYTES
 
 
 def test_what_waits_is_written_in_order_and_then_it_has_drained() -> None:
@@ -236,6 +257,45 @@ def test_another_limit_counts_at_once() -> None:
     on.clock.run_until(on.clock.now + 2)
     assert on.is_read()
     assert len(on.socket.written) == 5000
+
+
+def test_who_is_held_back_asks_for_more_than_it_gets() -> None:
+    """Otherwise a budget that several workers share would never give it more."""
+    budget = Budget("rule", DirectionLimits(bytes=Rate(MIB, MIB)), DirectionLimits(Rate(MIB, MIB)))
+    meters = Meters()
+    on = Stage(None)
+    on.meter = meters.attach("tunnel", TunnelLimits(budgets=(budget,)), on.clock.now)
+    on.paced.resume()
+    on.paced.write([bytes(3 * MIB)])
+    for _ in range(200):
+        on.socket.bring(READ_BYTES)
+        on.clock.run_until(on.clock.now + 0.01)
+    (demand,) = meters.take_demands()
+    assert demand.to_target_bytes > 2 * on.socket.written_bytes
+    assert demand.to_client_bytes > 2 * on.relay.received
+
+
+def test_who_is_not_held_back_asks_for_what_it_moves() -> None:
+    budget = Budget("rule", DirectionLimits(bytes=Rate(MIB, MIB)), DirectionLimits(Rate(MIB, MIB)))
+    meters = Meters()
+    on = Stage(None)
+    on.meter = meters.attach("tunnel", TunnelLimits(budgets=(budget,)), on.clock.now)
+    on.paced.resume()
+    for _ in range(10):
+        on.paced.write([bytes(1000)])
+        on.socket.bring(2000)
+        on.clock.run_until(on.clock.now + 0.01)
+    (demand,) = meters.take_demands()
+    assert (demand.to_target_bytes, demand.to_client_bytes) == (10_000, 20_000)
+
+
+def test_without_its_limit_a_tunnel_is_read_in_large_pieces_again() -> None:
+    on = Stage(Rate(MIB, LEAST_BYTES))
+    on.paced.resume()
+    assert on.socket.read_limit == LEAST_BYTES
+    on.limit(None)
+    on.socket.bring(LEAST_BYTES)
+    assert on.socket.read_limit == READ_BYTES
 
 
 def test_ends_and_failures_are_passed_on() -> None:

@@ -194,6 +194,34 @@ def test_a_reset_behind_unread_data_is_told(loop: Callable[[], asyncio.AbstractE
         runner.run(asyncio.wait_for(test(), DEADLINE_S))
 
 
+@pytest.mark.parametrize("loop", [asyncio.new_event_loop, uvloop.new_event_loop])
+def test_a_reset_that_a_write_meets_first_is_no_end(
+    loop: Callable[[], asyncio.AbstractEventLoop],
+) -> None:
+    async def test() -> None:
+        async with stage() as on:
+            before, beside = socket.socketpair()
+
+            def write() -> None:
+                asyncio.get_running_loop().remove_reader(before.fileno())
+                on.socket.write([b"late"])
+                on.socket.resume()
+
+            with before, beside:
+                asyncio.get_running_loop().add_reader(before.fileno(), write)
+                on.socket.resume()
+                await asyncio.sleep(0.01)
+                # both in one turn of the loop, in this order
+                beside.send(b"x")
+                reset_tcp(on.peer)
+                await until(on.has_heard)
+            await asyncio.sleep(0)
+            assert on.reader.events == ["Connection reset by peer"]
+
+    with asyncio.Runner(loop_factory=loop) as runner:
+        runner.run(asyncio.wait_for(test(), DEADLINE_S))
+
+
 def test_a_reset_is_noticed_while_it_is_not_read() -> None:
     async def test() -> None:
         async with stage(look_interval_s=0.001) as on:

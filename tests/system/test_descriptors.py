@@ -183,3 +183,20 @@ def test_all_descriptors_that_the_hard_limit_allows_are_used() -> None:
         (sys.executable, "-c", code), capture_output=True, text=True, check=True, timeout=60
     ).stdout
     assert int(said) == resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+
+
+def test_closed_standard_descriptors_are_the_null_device() -> None:
+    program = """
+import os, sys
+from toppy.system.descriptors import open_missing_standard_descriptors
+open_missing_standard_descriptors()
+null = os.stat(os.devnull).st_rdev
+os.write(2, repr([os.stat(fd).st_rdev == null for fd in (0, 1, 2)]).encode())
+assert os.dup(2) == 3
+"""
+    # the shell closes two of them
+    line = 'exec "$0" -c "$1" <&- >&-'
+    done = subprocess.run(
+        ["/bin/sh", "-c", line, sys.executable, program], stderr=subprocess.PIPE, check=True
+    )
+    assert done.stderr == b"[True, True, False]"

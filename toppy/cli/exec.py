@@ -153,7 +153,8 @@ class _ExecCommand:
     async def _run_program(self, environ: Mapping[str, str]) -> int:
         loop = asyncio.get_running_loop()
         for number in _PASSED_ON:  # before there is a program that would be left behind
-            loop.add_signal_handler(number, self._pass_on, number)
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup: the program inherits that
+                loop.add_signal_handler(number, self._pass_on, number)
         try:
             program = self._program = subprocess.Popen(self._command, env=environ)  # noqa: ASYNC220, S603
         except OSError as error:

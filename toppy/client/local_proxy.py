@@ -7,7 +7,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Final, assert_never
 
@@ -108,6 +108,8 @@ class LocalProxy:
         self._acceptor = Acceptor(
             listener, options.max_connections, lambda why: events.failed("", "", why)
         )
+        self._undecided: dict[asyncio.Task[object], None] = {}
+        """Connections that have not said what they want, the oldest first."""
         self.counters = ProxyCounters()
 
     @property
@@ -134,11 +136,15 @@ class LocalProxy:
     async def _serve(self, client: socket.socket, peer: str) -> None:
         handshake = LocalProxyHandshake(credentials=self._options.credentials)
         try:
-            async with asyncio.timeout(self._options.handshake_timeout_s):
-                action = await self._converse(client, handshake)
+            with self._patience():
+                async with asyncio.timeout(self._options.handshake_timeout_s):
+                    action = await self._converse(client, handshake)
         except TimeoutError:
             self._fail(peer, "", "the program did not say in time what it wants")
             return
+        except asyncio.CancelledError:
+            self._fail(peer, "", "it had to make room: too many programs do not say what they want")
+            raise
         match action:
             case Open():
                 await self._serve_tunnel(client, peer, handshake, action)
@@ -154,6 +160,23 @@ class LocalProxy:
                 await self._part(client, b"")
             case _:
                 assert_never(action)
+
+    @contextlib.contextmanager
+    def _patience(self) -> Iterator[None]:
+        """Of those that have not said what they want only the newest are waited for: whoever is
+        silent must not keep out those that speak.
+        """
+        task = asyncio.current_task()
+        assert task is not None
+        if len(self._undecided) >= max(1, self._options.max_connections // 2):
+            oldest = next(iter(self._undecided))
+            del self._undecided[oldest]
+            oldest.cancel()
+        self._undecided[task] = None
+        try:
+            yield
+        finally:
+            self._undecided.pop(task, None)
 
     @staticmethod
     async def _converse(

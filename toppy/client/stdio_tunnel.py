@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import stat
 import threading
 from collections.abc import Iterable
@@ -25,6 +26,8 @@ class StdioConnection:
         self._read_fd = read_fd
         self._write_fd = write_fd
         self._was_blocking = {fd: os.get_blocking(fd) for fd in (read_fd, write_fd)}
+        # inetd and socat give sockets, or one that is both
+        self._sockets = {fd: copy for fd in self._was_blocking if (copy := _copy_of_socket(fd))}
         for fd in self._was_blocking:
             os.set_blocking(fd, False)
 
@@ -47,19 +50,24 @@ class StdioConnection:
 
     def shutdown(self, how: int, /) -> None:
         """Nothing more is written: whoever reads there sees the end."""
-        del how
+        sock = self._sockets.get(self._write_fd)
+        if sock is not None:  # closing is not enough where it is also what is read
+            with suppress(OSError):
+                sock.shutdown(how)
         self._end(self._write_fd)
 
     def getsockopt(self, level: int, optname: int, /) -> int:
-        """No error of a socket waits here."""
-        del level, optname
-        return 0
+        """Of the side that is read, where that is a socket; otherwise no error waits there."""
+        sock = self._sockets.get(self._read_fd)
+        return sock.getsockopt(level, optname) if sock is not None else 0
 
     def _end(self, fd: int) -> None:
         """Restore and close a descriptor, keeping its number taken: a later file must not become
         standard output.
         """
         if fd in self._was_blocking:
+            if fd in self._sockets:
+                self._sockets.pop(fd).close()
             with suppress(OSError):
                 os.set_blocking(fd, self._was_blocking.pop(fd))
             null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
@@ -71,6 +79,13 @@ class StdioConnection:
         for fd in tuple(self._was_blocking):
             self._end(fd)
         self._read_fd = -1
+
+
+def _copy_of_socket(fd: int) -> socket.socket | None:
+    """Another descriptor of the same socket, if it is one."""
+    if not stat.S_ISSOCK(os.fstat(fd).st_mode):
+        return None
+    return socket.socket(fileno=os.dup(fd))
 
 
 def watchable(fd: int) -> int:

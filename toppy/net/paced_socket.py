@@ -42,6 +42,7 @@ class PacedSocket:
     __slots__ = (
         "_call_later",
         "_clock",
+        "_debt_bytes",
         "_has_ended",
         "_held",
         "_held_bytes",
@@ -75,6 +76,8 @@ class PacedSocket:
         self._has_ended = False
         self._held: deque[memoryview] = deque()
         self._held_bytes = 0
+        self._debt_bytes = 0
+        """Read, and not paid for yet."""
         self._read_timer: Timer | None = None
         self._write_timer: Timer | None = None
 
@@ -137,8 +140,8 @@ class PacedSocket:
         if lane is None:
             granted = self._held_bytes
         else:
-            now = self._clock()
-            granted = lane.take_bytes(lane.room(self._held_bytes, now), now)
+            # asking for all of it says how much is wanted: budgets are divided by that
+            granted = lane.take_bytes(self._held_bytes, self._clock())
         if granted:
             self._held_bytes -= granted
             self._socket.write(self._take(granted))
@@ -175,12 +178,14 @@ class PacedSocket:
         """Read what may be read now, or set a timer."""
         lane = self._lanes()[1]
         if lane is None:
+            self._debt_bytes = 0
             self._socket.read_limit = READ_BYTES
             self._socket.resume()
             return
         now = self._clock()
-        wait_s = lane.wait_s(LEAST_BYTES, now)
-        room = lane.room(READ_BYTES, now)
+        self._debt_bytes -= lane.take_bytes(self._debt_bytes, now)
+        wait_s = lane.wait_s(self._debt_bytes or LEAST_BYTES, now)
+        room = 0 if self._debt_bytes else lane.room(READ_BYTES, now)
         if wait_s or not room:
             self._socket.pause()
             self._read_timer = self._call_later(wait_s, self._read_more)
@@ -195,11 +200,15 @@ class PacedSocket:
 
     def receive(self, buffer: memoryview, payload_bytes: int) -> None:
         """See ``SocketReader``."""
-        lane = self._lanes()[1]
+        lane, limit = self._lanes()[1], self._socket.read_limit
         if lane is not None:
-            lane.take_bytes(payload_bytes, self._clock())
+            # others that share the budget may have read what was there for all of them
+            self._debt_bytes += payload_bytes - lane.take_bytes(payload_bytes, self._clock())
+            if payload_bytes == limit:  # there may be more, as far as anybody knows
+                lane.count_unmet(READ_BYTES - limit)
         self._reader.receive(buffer, payload_bytes)
-        if lane is not None and self._is_wanted and self._read_timer is None:
+        has_changed = lane is not None or limit != READ_BYTES
+        if has_changed and self._is_wanted and self._read_timer is None:
             self._read_on()
 
     def receive_end(self) -> None:

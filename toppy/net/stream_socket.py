@@ -167,7 +167,7 @@ class StreamSocket:
 
     def resume(self) -> None:
         """Read."""
-        if not self._is_reading and not self._has_ended and not self.is_closed:
+        if not (self._is_reading or self._has_ended or self._has_failed or self.is_closed):
             self._is_reading = True
             self._loop.add_reader(self._socket.fileno(), self._receive)
 
@@ -211,6 +211,8 @@ class StreamSocket:
 
     def _fail_soon(self, error: OSError) -> None:
         self._has_failed = True
+        # the kernel tells of a reset once: whoever reads now would take it for an ordinary end
+        self._stop_reading()
         self._unsent.clear()
         self.unsent_bytes = 0
         self._loop.call_soon(self._fail, error)

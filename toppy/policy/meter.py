@@ -121,6 +121,13 @@ class Lane:
                     _use(side.quota, granted)
         return granted
 
+    def count_unmet(self, wanted: int) -> None:
+        """So much more of a stream would go if it might, for all that is known. Budgets are divided
+        by what is wanted: a stream that told only what it got would never get more.
+        """
+        for side in self._sides:
+            side.wanted_bytes += wanted
+
     def room(self, wanted: int, now: float) -> int:
         """How many of ``wanted`` bytes ``take_bytes`` would grant now; charges nothing.
 

@@ -14,6 +14,18 @@ HANDED_OVER = "TOPPYHANDED_OVER"
 """The environment variable that says which descriptors are which sockets."""
 
 
+def open_missing_standard_descriptors() -> None:
+    """Put the null device where standard input, output or error was closed. Otherwise the next
+    socket would be standard output; call it before anything else is opened.
+    """
+    descriptor = 0
+    while descriptor < _FIRST_DESCRIPTOR:  # the lowest free number is taken
+        descriptor = os.open(os.devnull, os.O_RDWR)
+        if descriptor < _FIRST_DESCRIPTOR:
+            os.set_inheritable(descriptor, True)
+    os.close(descriptor)
+
+
 def raise_descriptor_limit() -> None:
     """Use all that the hard limit allows: every tunnel has a socket."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
