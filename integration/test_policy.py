@@ -105,7 +105,8 @@ def checked(gateway: Gateway, *arguments: str) -> dict[str, Any]:
     """What ``toppy-gw policy check`` says."""
     config = str(gateway.directory / "gateway.toml")
     done = CliRunner().invoke(
-        toppy_gw.app, ["policy", "check", "--config", config, "--json", *arguments]
+        toppy_gw.app,
+        ["policy", "check", "--config", config, "--json", "--protocol", "udp", *arguments],
     )
     assert done.exit_code in (0, 2), done.output
     facts: dict[str, Any] = json.loads(done.stdout)

@@ -195,7 +195,7 @@ def test_a_wrong_token_is_explained(gateway: Gateway, echo: Peer) -> None:
         application(port) as app,
     ):
         app.send(b"let me in")
-        client.wait_for_output("does not accept the token")
+        client.wait_for_output("the token is wrong; get a new token")
         assert "this-is-not-the-token" not in client.output()
 
 

@@ -50,6 +50,11 @@ def test_the_version_is_said_without_loading_the_engines() -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("arguments", [["--help"], ["up", "--help"], ["udp", "--help"]])
+def test_the_help_shows_the_brackets_of_a_table(arguments: list[str]) -> None:
+    assert "every [[forward]]" in runner.invoke(toppy.app, arguments).stdout
+
+
 def test_shell_completion_is_offered() -> None:
     result = runner.invoke(toppy.app, ["--help"])
     assert "--install-completion" in result.stdout

@@ -101,6 +101,14 @@ def test_entries_without_the_gateway_need_no_way_to_it(tmp_path: Path) -> None:
     assert said[0].endswith(" -> 127.0.0.1:5433\n")
 
 
+def test_a_port_that_others_can_reach_is_warned_about(tmp_path: Path) -> None:
+    everywhere = DIRECT.replace("127.0.0.1:0", "0.0.0.0:0")
+    (line, _), errors = run(configured(tmp_path, everywhere + UDP), "up", 2)
+    assert line.startswith("toppy up listening on 0.0.0.0:")
+    assert errors.count("everybody who reaches this port uses your credential") == 1
+    assert line.split()[4] in errors
+
+
 @pytest.mark.parametrize(
     ("command", "entries", "part"),
     [
@@ -121,6 +129,8 @@ def test_one_that_is_denied_keeps_all_from_starting(tmp_path: Path) -> None:
     code, said = invoke(configured(tmp_path, TCP + TCP.replace("5432", "22")), "up")
     assert code == 2
     assert said.startswith("Policy denied: target 127.0.0.1:22 is not allowed")
+    assert f"this client's policy, {tmp_path}" in said
+    assert "add a [[policy.allow]] there" in said
     (line,) = (tmp_path / "audit.jsonl").read_bytes().splitlines()
     event = parse_entry(line).event
     assert (event.action, event.target, event.allowed) == ("up", "127.0.0.1:22", False)

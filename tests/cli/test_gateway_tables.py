@@ -46,6 +46,11 @@ def test_status_says_how_the_last_reload_went(ok: bool, text: str) -> None:
     assert text in render_status(status_facts(last_reload=reload))
 
 
+def test_a_reload_that_failed_for_several_reasons_is_told_in_one_line() -> None:
+    reload = {"at": 0.0, "ok": False, "message": "a: is bad\nb: is \x1b bad", "duration_s": 1.0}
+    assert ": a: is bad; b: is \\x1b bad (1.0 s)" in render_status(status_facts(last_reload=reload))
+
+
 def test_a_gateway_without_workers_or_health_can_be_shown() -> None:
     text = render_status(status_facts(workers=[], generations=[], health=""))
     assert "health on" not in text

@@ -67,7 +67,8 @@ def check(config: str, *arguments: str) -> Result:
 
 
 def facts(config: str, *arguments: str) -> dict[str, Any]:
-    result = check(config, *arguments, "--json")
+    protocol = () if "--protocol" in arguments else ("--protocol", "udp")
+    result = check(config, *arguments, *protocol, "--json")
     assert result.exit_code in (0, 2), result.stderr
     said: dict[str, Any] = json.loads(result.stdout)
     assert said["allowed"] is (result.exit_code == 0)
@@ -79,14 +80,40 @@ class TestGateway:
         result = check(config, *DATABASE, "--subject", "alice", "--group", "databases", *MONDAY)
         assert result.exit_code == 0
         assert result.stdout.splitlines() == [
-            "allow: 10.0.0.1:5432 (udp) for alice",
+            "allow: 10.0.0.1:5432 (udp and tcp) for alice",
             "rule: databases",
             "addresses: 10.0.0.1",
             "until: 2026-03-02T17:00:00Z, then live tunnels are closed",
         ]
 
+    def test_both_protocols_are_asked_and_one_that_is_denied_is_2(self, config: str) -> None:
+        result = check(config, "--target", "8.8.8.8:53")
+        assert result.exit_code == 2
+        assert result.stdout.splitlines() == [
+            "allow: 8.8.8.8:53 (udp) for token",
+            "rule: internet",
+            "addresses: 8.8.8.8",
+            "deny: 8.8.8.8:53 (tcp) for token",
+            "rule: default",
+            "reason: target 8.8.8.8:53 is not allowed: no rule allows it",
+            "names: not resolved: no address could change the decision",
+        ]
+        assert check(config, "--target", "8.8.8.8:53", "--protocol", "udp").exit_code == 0
+        assert check(config, "--target", "8.8.8.8:53", "--protocol", "tcp").exit_code == 2
+
+    def test_the_facts_of_both_protocols_are_an_array(self, config: str) -> None:
+        result = check(config, "--target", "8.8.8.8:53", "--json")
+        said = json.loads(result.stdout)
+        assert result.exit_code == 2
+        assert [(each["protocol"], each["allowed"]) for each in said] == [
+            ("udp", True),
+            ("tcp", False),
+        ]
+        one = facts(config, "--target", "8.8.8.8:53", "--protocol", "tcp", "--at", said[1]["at"])
+        assert one == said[1]
+
     def test_a_denied_target_is_2_and_says_why(self, config: str) -> None:
-        result = check(config, *DATABASE, *MONDAY)
+        result = check(config, *DATABASE, "--protocol", "udp", *MONDAY)
         assert result.exit_code == 2
         lines = result.stdout.splitlines()
         assert lines[:2] == ["deny: 10.0.0.1:5432 (udp) for token", "rule: default"]
@@ -94,7 +121,9 @@ class TestGateway:
 
     def test_every_rule_is_explained_in_order(self, config: str) -> None:
         result = check(
-            config, *DATABASE, "--group", "users", "--at", "2026-03-01T12:00Z", "--explain"
+            config,
+            *DATABASE,
+            *("--group", "users", "--protocol", "udp", "--at", "2026-03-01T12:00Z", "--explain"),
         )
         said = result.stdout.partition("rules of")[2].splitlines()[1:]
         assert said == [
@@ -183,7 +212,8 @@ class TestGateway:
         path.write_text(GATEWAY.replace('"not these"', '"internet"'))
         result = check(str(path), *DATABASE)
         assert result.exit_code == 1
-        assert "two rules are called 'internet'" in result.stderr
+        assert "policy.rules: the name 'internet' is used twice, by rule " in result.stderr
+        assert "PolicyRule" not in result.stderr
 
     def test_the_files_that_the_configuration_names_are_not_needed(self, tmp_path: Path) -> None:
         path = tmp_path / "gateway.toml"
@@ -214,19 +244,19 @@ class TestClient:
         allowed = ask(client(tmp_path, MINE, sub="alice"), "--target", "db.example:53")
         assert allowed.exit_code == 0
         assert allowed.stdout.splitlines() == [
-            "allow: db.example:53 (udp) for alice",
+            "allow: db.example:53 (udp and tcp) for alice",
             "rule: mine",
             "names: the target is decided as it is written; the gateway resolves it",
         ]
         denied = ask(client(tmp_path, MINE, sub="bob"), "--target", "db.example:53", "--explain")
         assert denied.exit_code == 2
-        assert "deny: db.example:53 (udp) for bob" in denied.stdout
+        assert "deny: db.example:53 (udp and tcp) for bob" in denied.stdout
         assert "mine: does not match: subjects: 'bob' is not alice" in denied.stdout
 
     def test_a_name_is_compared_with_networks_where_it_resolves(self, tmp_path: Path) -> None:
         policy = '[[policy.allow]]\ncidr = ["127.0.0.0/8", "::1"]\nports = [53]\n'
         config = client(tmp_path, policy)
-        result = ask(config, "--target", "localhost:53", "--json")
+        result = ask(config, "--target", "localhost:53", "--protocol", "udp", "--json")
         assert result.exit_code == 0
         said = json.loads(result.stdout)
         assert said["resolution"].startswith("localhost was resolved by this host")
@@ -238,6 +268,7 @@ class TestClient:
     def test_the_protocol_counts(self, tmp_path: Path) -> None:
         config = client(tmp_path, MINE + 'protocol = "tcp"\n', sub="alice")
         assert ask(config, "--target", "db.example:53").exit_code == 2
+        assert ask(config, "--target", "db.example:53", "--protocol", "udp").exit_code == 2
         assert ask(config, "--target", "db.example:53", "--protocol", "tcp").exit_code == 0
 
     def test_without_a_policy_it_is_denied_and_said(self, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import select
 import signal
 import socket
@@ -79,12 +80,18 @@ def actions(config: Path) -> list[str]:
 # proxy
 
 
-@pytest.mark.parametrize("host", ["0.0.0.0", "[::]", "192.0.2.1", ""])
+@pytest.mark.parametrize("host", ["0.0.0.0", "[::]", "192.0.2.1"])
 def test_an_address_that_others_reach_needs_a_password(config: Path, host: str) -> None:
     code, said = invoke(config, "proxy", "--listen", f"{host}:1080")
     assert code == 1
     assert "could use your access" in said
     assert "proxy.password_file" in said
+
+
+def test_an_address_without_a_host_is_refused(config: Path) -> None:
+    code, said = invoke(config, "proxy", "--listen", ":1080")
+    assert code == 1
+    assert said.startswith("toppy proxy: --listen: ':1080' names no address; write 127.0.0.1:1080")
 
 
 def test_a_name_is_no_address_to_listen_on(config: Path) -> None:
@@ -168,6 +175,20 @@ def test_ssh_proxy_names_a_bad_host_and_exits_with_1(config: Path, host: str) ->
     assert "HOST PORT" in said
 
 
+@pytest.mark.parametrize("descriptor", [0, 1])
+def test_ssh_proxy_does_without_a_standard_descriptor(config: Path, descriptor: int) -> None:
+    """It must not be an engine's socket instead: the event loop dies of that."""
+
+    def close() -> None:
+        os.close(descriptor)
+
+    with started(config, "ssh-proxy", "10.0.0.1", "22", preexec_fn=close) as process:
+        assert process.stderr is not None
+        assert select.select([process.stderr], [], [], DEADLINE_S)[0], "no word of the gateway"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(DEADLINE_S) == 1
+
+
 def test_ssh_proxy_ends_by_a_signal(config: Path) -> None:
     with started(config, "ssh-proxy", "10.0.0.1", "22", stdin=subprocess.PIPE) as process:
         assert process.stderr is not None
@@ -209,6 +230,21 @@ def test_exec_passes_signals_on_and_tells_which_ended_the_program(config: Path) 
         assert process.wait(DEADLINE_S) == 3
     with started(config, "exec", "--", "sh", "-c", "kill -KILL $$") as process:
         assert process.wait(DEADLINE_S) == 128 + 9
+
+
+def test_exec_leaves_alone_what_it_was_told_to_ignore(config: Path) -> None:
+    """As ``nohup`` does: the program would not hear of it without toppy, either."""
+
+    def ignore() -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    script = 'echo ready; read line; exit "$line"'
+    how: dict[str, Any] = {"preexec_fn": ignore, "stdin": subprocess.PIPE}
+    with started(config, "exec", "--", "sh", "-c", script, **how) as process:
+        assert first_line(process) == "ready\n"
+        process.send_signal(signal.SIGHUP)
+        process.communicate("5\n", timeout=DEADLINE_S)
+    assert process.returncode == 5
 
 
 def test_exec_says_what_cannot_be_run(config: Path, tmp_path: Path) -> None:

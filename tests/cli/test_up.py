@@ -100,6 +100,8 @@ def audit_events(path: Path) -> list[AuditEvent]:
     [
         ({"listen": "nonsense"}, "--listen"),
         ({"listen": "::1:53"}, "--listen"),
+        ({"listen": ":5353"}, "--listen: ':5353' names no address; write 127.0.0.1:5353"),
+        ({"listen": " :0"}, "--listen: ' :0' names no address"),
         ({"target": "10.0.0.1:0"}, "--target"),
         ({"target": "127.1:53"}, "--target"),
     ],

@@ -81,3 +81,15 @@ def test_a_gateway_that_wants_a_certificate_is_told_with_the_settings() -> None:
     assert why_closed(wanted) == "it is required: set client_certificate and client_key"
     other = ConnectionClosed(1, 0x12A, "it is bad", by_peer=True)
     assert why_closed(other) == "it is bad"
+
+
+@pytest.mark.parametrize(
+    "said", ["invalid peer certificate: UnknownIssuer", "unable to get local issuer certificate"]
+)
+def test_an_issuer_that_is_not_known_is_told_with_the_setting_where_it_is_not_set(
+    said: str,
+) -> None:
+    closed = ConnectionClosed(1, 0x130, said, by_peer=False)
+    told = f"{said}: set ca_cert_path to the gateway's ca.pem"
+    assert why_closed(closed, has_ca=False) == told
+    assert why_closed(closed) == said

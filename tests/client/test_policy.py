@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from pathlib import Path
 
 import jwt
 import pytest
 
 from toppy.client import policy as policy_module
 from toppy.client.lookup import NameLookupError
-from toppy.client.policy import check_policy, decide_here, parse_target, policy_warnings
+from toppy.client.policy import (
+    check_policy,
+    decide_here,
+    own_denial,
+    parse_target,
+    policy_warnings,
+)
 from toppy.config.client import ClientConfig, parse_client_config
 from toppy.config.gateway import parse_gateway_config
 from toppy.errors import ConfigError, DeniedError
@@ -272,7 +279,7 @@ def test_the_time_of_a_rule_counts() -> None:
         ('[[policy.deny]]\naction = "allow"\n', "only deny"),
         (
             '[[policy.allow]]\nname = "a"\nhost = "*"\nports = 1\n[[policy.deny]]\nname = "a"\n',
-            "two rules are called 'a'",
+            r"the name 'a' is used twice, by \[\[policy.allow\]\] 1 and \[\[policy.deny\]\] 1",
         ),
     ],
 )
@@ -300,3 +307,12 @@ def test_both_ends_decide_the_same_by_the_same_rules() -> None:
             Identity("token", "static"), target, (target.host,), now=0.0
         )
         assert (here.is_allowed, here.rule) == (there.is_allowed, there.rule)
+
+
+def test_a_denial_names_the_file_and_what_to_write_there() -> None:
+    file = Path("/c.toml")
+    nothing = own_denial(DeniedError("no rule allows it", rule="default"), file)
+    assert nothing == (
+        "no rule allows it (this client's policy, /c.toml; add a [[policy.allow]] there)"
+    )
+    assert "see its rule there" in own_denial(DeniedError("denied by 'x'", rule="x"), file)

@@ -210,6 +210,24 @@ def test_a_name_that_does_not_resolve_is_told(monkeypatch: pytest.MonkeyPatch) -
     run(scenario)
 
 
+@pytest.mark.parametrize("dial_timeout_s", [0.05, 3600.0])
+def test_a_port_where_nothing_listens_is_told_at_once(
+    monkeypatch: pytest.MonkeyPatch, dial_timeout_s: float
+) -> None:
+    monkeypatch.setattr(session_module, "DIAL_TIMEOUT_S", dial_timeout_s)
+
+    async def scenario() -> None:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as closed:
+            closed.bind(("127.0.0.1", 0))
+            address = closed.getsockname()
+        watched = Watched(settings_for(address))
+        told = f"nothing listens at UDP port {address[1]}: start the gateway"
+        assert told in (await watched.failure()).reason
+        await watched.stop()
+
+    run(scenario)
+
+
 def test_no_answer_is_told_after_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(session_module, "DIAL_TIMEOUT_S", 0.05)
 

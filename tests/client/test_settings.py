@@ -66,8 +66,9 @@ def test_the_ca_file_is_found_beside_the_configuration(tmp_path: Path) -> None:
 
 def test_a_ca_file_that_is_missing_is_named(tmp_path: Path) -> None:
     path = write(tmp_path, BASE + 'ca_cert_path = "/nowhere/ca.pem"\n')
-    with pytest.raises(ConfigError, match=r"ca_cert_path: cannot read /nowhere/ca\.pem") as refused:
+    with pytest.raises(ConfigError, match=r"/nowhere/ca\.pem does not exist; copy") as refused:
         gateway_settings(load_client_config(path, {}))
+    assert str(refused.value).startswith(f"{path}: ca_cert_path: ")
     assert refused.value.key == "ca_cert_path"
 
 

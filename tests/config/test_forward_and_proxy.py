@@ -21,6 +21,8 @@ def test_an_entry_is_tcp_through_the_gateway_unless_it_says_otherwise() -> None:
     ("entry", "part"),
     [
         ('listen = "127.0.0.1"\ntarget = "a.example:1"', "forward[0].listen"),
+        ('listen = ":53"\ntarget = "a.example:1"', "names no address; write 127.0.0.1:53 for"),
+        ('listen = "[]:53"\ntarget = "a.example:1"', "names no address"),
         ('listen = "127.0.0.1:1"\ntarget = "a.example:0"', "from 1 to 65535"),
         ('listen = "127.0.0.1:1"\ntarget = "127.1:5"', "forward[0].target"),
         ('listen = "127.0.0.1:1"', "target"),
@@ -66,6 +68,7 @@ def test_the_environment_sets_user_and_password() -> None:
         ('password_file = "f"', "go together"),
         ('user = "me"\npassword = "p"\npassword_file = "f"', "set one of them"),
         ('listen = "nonsense"', "proxy.listen"),
+        ('listen = ":1080"', "names no address"),
         ("max_connections = 0", "proxy.max_connections"),
         ("handshake_timeout_s = 0", "proxy.handshake_timeout_s"),
         ('pac_through = ["a b"]', "must be a name"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 from typing import Any
 
 import pytest
@@ -50,6 +51,19 @@ def test_hosts_are_lower_case_without_the_trailing_dot() -> None:
 def test_an_address_is_the_network_of_itself() -> None:
     found = rule(cidr=["192.0.2.7", "2001:db8::1"]).cidr
     assert [str(network) for network in found] == ["192.0.2.7/32", "2001:db8::1/128"]
+
+
+@pytest.mark.parametrize(
+    ("written", "advice"),
+    [
+        ("10.0.0.53/8", "write 10.0.0.0/8 or 10.0.0.53/32"),
+        ("10.0.0.53/255.0.0.0", "write 10.0.0.0/8 or 10.0.0.53/32"),
+        ("2001:db8::1/32", "write 2001:db8::/32 or 2001:db8::1/128"),
+    ],
+)
+def test_an_address_with_the_length_of_its_network_opens_nothing(written: str, advice: str) -> None:
+    with pytest.raises(ValidationError, match=re.escape(advice)):
+        rule(cidr=["192.0.2.0/24", written])
 
 
 @given(PORTS, PORTS)

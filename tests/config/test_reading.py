@@ -136,6 +136,26 @@ def test_a_suggestion_is_made_only_when_something_is_close() -> None:
     assert suggest("zzz", ["workers", "name"]) == ""
 
 
+def test_a_key_that_is_close_to_another_is_told_first_and_without_all_the_others() -> None:
+    said = gateway_error(AUTH + '[[policy.rules]]\nacton = "allow"\n').splitlines()
+    assert said == [
+        "gateway.toml:4: policy.rules[0].acton: unknown key (did you mean action?)",
+        "gateway.toml:3: policy.rules[0].action: is required",
+    ]
+    assert "unknown key; known here: name, action, cidr" in gateway_error(
+        AUTH + '[[policy.rules]]\naction = "allow"\nzzz = 1\n'
+    )
+
+
+def test_a_name_that_two_rules_have_is_told_with_both_and_no_dump() -> None:
+    rule = '[[policy.rules]]\nname = "a"\naction = "allow"\n'
+    said = gateway_error(AUTH + rule + rule.replace('"a"', '"b"') + rule)
+    assert said == (
+        "gateway.toml:3: policy.rules: the name 'a' is used twice, by rule 1 and rule 3; give "
+        "each a name of its own"
+    )
+
+
 def test_the_kind_of_auth_is_no_part_of_the_key() -> None:
     said = client_error(CLIENT + '[auth]\nmode = "saml"\nbrokerissuer = "x"\n')
     assert "config.toml:2: auth.idp_entity_id: is required" in said

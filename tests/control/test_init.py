@@ -6,6 +6,7 @@ import errno
 import ipaddress
 import os
 import pwd
+import shutil
 import stat
 import tomllib
 from collections.abc import Iterator
@@ -14,13 +15,14 @@ from pathlib import Path
 import pytest
 from cryptography import x509
 
+from toppy.client.settings import gateway_settings, load_client_config
 from toppy.config.client import ClientConfig, parse_client_config
 from toppy.config.gateway import GatewayConfig, parse_gateway_config
 from toppy.control.init import write_development_files
 from toppy.control.settings import load_settings
 from toppy.errors import ConfigError
 from toppy.model.identity import Identity
-from toppy.model.target import Target
+from toppy.model.target import Protocol, Target
 from toppy.policy.ruleset import Ruleset
 from toppy.system.certificate_files import names_of
 
@@ -109,7 +111,7 @@ def test_both_configurations_are_read_back_without_a_warning(tmp_path: Path) -> 
     gateway, client = gateway_of(tmp_path), client_of(tmp_path)
     assert gateway.listen.quic == ("127.0.0.1:5000",)
     assert (client.gateway, client.port, client.server_name) == ("127.0.0.1", 5000, "localhost")
-    assert client.ca_cert_path == str(tmp_path / "ca.pem")
+    assert client.ca_cert_path == "ca.pem"
     assert client.mtu == 1350
     assert client.token is not None
     assert client.token.get_secret_value() == (tmp_path / "token").read_text().strip()
@@ -162,9 +164,39 @@ def test_the_client_is_told_a_name_that_can_be_reached_and_verified(
     assert server_name in certificate
 
 
-def decide(directory: Path, address: str, port: int = 53) -> bool:
+def test_client_and_ca_go_together_wherever_they_are_copied(tmp_path: Path) -> None:
+    write(tmp_path / "gw")
+    endpoint = tmp_path / "endpoint"
+    endpoint.mkdir()
+    shutil.copy(tmp_path / "gw" / "ca.pem", endpoint)
+    shutil.copy(tmp_path / "gw" / "client.toml", endpoint / "config.toml")
+    shutil.rmtree(tmp_path / "gw")
+    assert gateway_settings(load_client_config(str(endpoint / "config.toml"), {}))
+
+
+def test_the_audit_log_is_on_and_beside_the_configuration(tmp_path: Path) -> None:
+    write(tmp_path)
+    assert load_settings(tmp_path / "gateway.toml", {}).audit.path == tmp_path / "audit.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("user", "path"), [("nobody", ""), ("no-such-user", "/var/lib/toppy-gw/audit.jsonl")]
+)
+def test_in_the_system_directory_the_services_state_directory_decides(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, user: str, path: str
+) -> None:
+    monkeypatch.setattr("toppy.control.init._SYSTEM_DIRECTORY", tmp_path)
+    monkeypatch.setattr("toppy.control.service_files.SYSTEM_DIRECTORY", tmp_path)
+    monkeypatch.setattr("toppy.control.service_files._SERVICE_USER", user)
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(os, "fchown", lambda *_: None)
+    write(tmp_path)
+    assert gateway_of(tmp_path).audit.path == path
+
+
+def decide(directory: Path, address: str, port: int = 53, protocol: Protocol = "udp") -> bool:
     rules = Ruleset(gateway_of(directory).policy.rules)
-    target = Target(str(ipaddress.ip_address(address)), port)
+    target = Target(str(ipaddress.ip_address(address)), port, protocol)
     return rules.decide(Identity("token", "static"), target, [address], now=0).is_allowed
 
 
@@ -172,6 +204,7 @@ def test_a_gateway_on_loopback_allows_loopback_targets_only(tmp_path: Path) -> N
     write(tmp_path)
     assert decide(tmp_path, "127.0.0.1")
     assert decide(tmp_path, "::1")
+    assert decide(tmp_path, "127.0.0.1", protocol="tcp")
     assert not decide(tmp_path, "10.0.0.1")
     assert not decide(tmp_path, "8.8.8.8")
 
@@ -206,7 +239,7 @@ def test_the_clients_policy_allows_this_machine(tmp_path: Path) -> None:
 def test_a_directory_may_have_any_name(tmp_path: Path, name: str) -> None:
     directory = tmp_path / name
     write(directory)
-    assert client_of(directory).ca_cert_path == str(directory / "ca.pem")
+    assert gateway_settings(load_client_config(str(directory / "client.toml"), {}))
     assert tomllib.loads((directory / "gateway.toml").read_text())["workers"] == "auto"
 
 

@@ -91,6 +91,15 @@ def test_the_flag_wins_over_the_environment() -> None:
     assert config_path(None, {"TOPPY_GW_CONFIG": "/b.toml"}) == Path("/b.toml")
 
 
+def test_without_a_file_and_environment_it_says_how_to_begin() -> None:
+    with pytest.raises(
+        ConfigError, match=r"gateway\.toml does not exist; .*toppy-gw init.*--config"
+    ):
+        load_settings(None, {"HOME": "/root"})
+    with pytest.raises(ConfigError, match="no authentication"):
+        load_settings(None, {"TOPPY_GW_WORKERS": "1"})
+
+
 def test_a_file_that_is_not_there_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot read"):
         load_settings(tmp_path / "nothing.toml", {})

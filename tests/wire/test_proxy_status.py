@@ -183,3 +183,20 @@ def test_a_connect_that_fails_has_its_reason(number: int | None, failure: tuple[
 def test_a_status_of_tcp_tunnels_says_what_to_do(status: int) -> None:
     said = explain(status, None)
     assert any(word in said for word in ("try again", "ask", "older version"))
+
+
+@pytest.mark.parametrize(
+    "details", ["it refused; does anything listen there?", "is it up?", "it is off; start it"]
+)
+def test_details_that_say_what_to_do_are_left_alone(details: str) -> None:
+    status = ProxyStatus("gw", "connection_refused", details)
+    assert explain(502, status) == f"502: {details}"
+
+
+def test_what_the_details_say_is_not_said_again() -> None:
+    assert explain(401, ProxyStatus("gw", "http_request_denied", "the token is wrong")) == (
+        "401: the token is wrong; get a new token (auth_token, or `toppy login`)"
+    )
+    assert explain(403, ProxyStatus("gw", "http_request_denied", "not allowed", "r")) == (
+        "403: not allowed (rule 'r'); ask the gateway's operator for a rule"
+    )

@@ -14,12 +14,13 @@ from toppy.client.tcp_forward import FarSide, TcpForward
 from toppy.client.tunnel import Refusal
 from toppy.client.udp_forward import UdpForward
 from toppy.config.client import ClientConfig
-from toppy.errors import ConfigError, DeniedError, ToppyError
+from toppy.errors import ConfigError, DeniedError, TargetError, ToppyError
 from toppy.model.audit_event import AuditAction
 from toppy.model.target import Protocol, Target
 from toppy.net.tcp import listen_tcp
 from toppy.net.udp_socket import UdpSocket, bind_udp
 
+_FORBIDDEN = 403
 _UDP_BUFFER_BYTES = 8 << 20
 
 
@@ -101,11 +102,15 @@ class TcpEntry(Entry):
 
     def _on_refused(self, peer: str, error: ToppyError) -> None:
         assert self._notices is not None
+        status = error.status if isinstance(error, TargetError) else 0
         if isinstance(error, DeniedError):
+            status = _FORBIDDEN
             self._notices.record_once(
                 AuditAction.UP_REFUSED, self.target, allowed=False, reason=str(error)
             )
-        self._notices.on_refused(self.target, str(error), peer=peer)
+        self._notices.on_refused(
+            self.target, str(error), peer=peer, status=0 if self.wanted.is_direct else status
+        )
 
     async def serve(self, *, is_once: bool) -> bool:
         """See ``Entry``."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -35,12 +36,12 @@ from toppy.cli.session_shell import (
 )
 from toppy.client.audit import ClientAudit
 from toppy.client.gateway_far_side import GatewayFarSide
-from toppy.client.policy import check_policy, own_ruleset, parse_target
+from toppy.client.policy import check_policy, own_denial, own_ruleset, parse_target
 from toppy.client.session import GatewaySession, SessionState
 from toppy.client.settings import LoadedClientConfig, load_client_config
 from toppy.client.tcp_forward import DirectFarSide, FarSide
 from toppy.client.tokens import own_identity
-from toppy.config.address import parse_host_port
+from toppy.config.address import parse_host_port, parse_listen_address
 from toppy.config.client import ClientConfig
 from toppy.errors import ConfigError, DeniedError, ToppyError
 from toppy.model.audit_event import AuditAction
@@ -62,7 +63,7 @@ def wanted_by_options(
 ) -> Wanted:
     """``--listen`` and ``--target``. Raises ``ConfigError``."""
     try:
-        address = parse_host_port(listen)
+        address = parse_listen_address(listen)
     except ValueError as error:
         raise ConfigError(f"--listen: {error}") from None
     wanted = Wanted(address, parse_target("--target", target, protocol), is_direct)
@@ -132,7 +133,7 @@ def run_forwards(
         entries += map(bind, all_wanted)
     except DeniedError as error:
         assert wanted is not None
-        print(f"Policy denied: {error}", file=sys.stderr)
+        print(f"Policy denied: {own_denial(error, loaded.path)}", file=sys.stderr)
         configure_logging("warning", "auto", process=command)
         action = AuditAction.UP if wanted.protocol == "tcp" else AuditAction.UDP
         audit.record_and_ship(action, str(wanted.target), allowed=False, reason=str(error))
@@ -144,6 +145,7 @@ def run_forwards(
     is_terminal = sys.stderr.isatty()
     configure_logging("warning" if is_terminal else "info", "auto", process=command)
     warn(loaded, access)
+    _warn_of_exposure(entries)
     raise_descriptor_limit()
     ways = [f"{entry.listen} -> {entry.target}" for entry in entries]
     set_process_title(f"toppy {command}: {', '.join(ways)}")
@@ -157,6 +159,18 @@ def run_forwards(
     finally:
         for entry in entries:
             entry.close()
+
+
+def _warn_of_exposure(entries: Sequence[TcpEntry | UdpEntry]) -> None:
+    for entry in entries:
+        host, _ = parse_host_port(entry.listen)  # the address that the socket has
+        if not ipaddress.ip_address(host).is_loopback:
+            _log.warning(
+                "everybody who reaches this port uses your credential; listen on 127.0.0.1 unless "
+                "that is meant",
+                listen=entry.listen,
+                target=entry.target,
+            )
 
 
 def _fail(command: str, error: ToppyError) -> int:

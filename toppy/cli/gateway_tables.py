@@ -38,7 +38,7 @@ def render_status(facts: dict[str, Any]) -> str:
     if (reload := facts["last_reload"]) is not None:
         what = "done" if reload["ok"] else "FAILED, nothing has changed"
         lines.append(
-            f"last reload {ago(reload['at'])} ago: {what}: {show(reload['message'])} "
+            f"last reload {ago(reload['at'])} ago: {what}: {_one_line(reload['message'])} "
             f"({reload['duration_s']:.1f} s)"
         )
     if (audit := facts.get("audit")) is not None and audit["path"]:
@@ -208,6 +208,11 @@ def show(value: object) -> str:
         each if each.isprintable() else each.encode("unicode_escape").decode()
         for each in str(value)
     )
+
+
+def _one_line(text: str) -> str:
+    """A message of several lines, such as one for each error of a configuration, in one."""
+    return "; ".join(map(show, text.splitlines()))
 
 
 def _size(count: int) -> str:

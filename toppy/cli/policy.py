@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from toppy.model.target import Protocol
+
 ConfigOption = Annotated[
     str | None, typer.Option("--config", "-c", metavar="FILE", help="As the other commands.")
 ]
@@ -32,7 +34,13 @@ class Transport(StrEnum):
     TCP = "tcp"
 
 
-ProtocolOption = Annotated[Transport, typer.Option("--protocol", help="Of the tunnel.")]
+ProtocolOption = Annotated[
+    Transport | None, typer.Option("--protocol", help="Of the tunnel. Default: ask for both.")
+]
+
+
+def _asked(protocol: Transport | None) -> tuple[Protocol, ...]:
+    return ("udp", "tcp") if protocol is None else (protocol.value,)
 
 
 def client_policy_app() -> typer.Typer:
@@ -47,21 +55,24 @@ def client_policy_app() -> typer.Typer:
     def check(
         *,
         target: TargetOption,
-        protocol: ProtocolOption = Transport.UDP,
+        protocol: ProtocolOption = None,
         at: AtOption = None,
         explain: ExplainOption = False,
         config: ConfigOption = None,
         as_json: JsonOption = False,
     ) -> None:
-        """Ask this client's own policy: exit code 0 allowed, 2 denied, 1 cannot be said."""
+        """Ask this client's own policy: exit code 0 all that was asked is allowed, 2 something is
+        denied, 1 cannot be said.
+        """
         from toppy.cli.policy_check import check_client, show  # noqa: PLC0415
 
         raise typer.Exit(
             show(
                 "toppy",
-                lambda: check_client(config, os.environ, target, protocol.value, at),
+                lambda: check_client(config, os.environ, target, _asked(protocol), at),
                 explains=explain,
                 as_json=as_json,
+                is_list=protocol is None,
             )
         )
 
@@ -98,14 +109,15 @@ def gateway_policy_app() -> typer.Typer:
                 help="A claim of the token. true, false and numbers are no texts; 'n=\"3\"' is.",
             ),
         ] = None,
-        protocol: ProtocolOption = Transport.UDP,
+        protocol: ProtocolOption = None,
         at: AtOption = None,
         explain: ExplainOption = False,
         config: ConfigOption = None,
         as_json: JsonOption = False,
     ) -> None:
-        """Ask the policy of the configuration file, which need not run yet: exit code 0 allowed,
-        2 denied, 1 cannot be said. Names are resolved as the gateway would.
+        """Ask the policy of the configuration file, which need not run yet: exit code 0 all that
+        was asked is allowed, 2 something is denied, 1 cannot be said. Names are resolved as the
+        gateway would.
         """
         from toppy.cli.policy_check import check_gateway, show  # noqa: PLC0415
 
@@ -116,7 +128,7 @@ def gateway_policy_app() -> typer.Typer:
                     config,
                     os.environ,
                     target,
-                    protocol.value,
+                    _asked(protocol),
                     at,
                     subject=subject,
                     roles=tuple(role or ()),
@@ -125,6 +137,7 @@ def gateway_policy_app() -> typer.Typer:
                 ),
                 explains=explain,
                 as_json=as_json,
+                is_list=protocol is None,
             )
         )
 

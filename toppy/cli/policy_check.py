@@ -10,14 +10,15 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, cast
+from typing import Any
 
 from toppy.auth.issuer import RoleMapping, roles_of
 from toppy.cli.login import ask_passphrase
 from toppy.client.policy import decide_here, own_ruleset, parse_target
-from toppy.client.settings import load_client_config
+from toppy.client.settings import LoadedClientConfig, load_client_config
 from toppy.client.tokens import own_identity
 from toppy.config.address import parse_host_port
+from toppy.config.gateway import GatewayConfig
 from toppy.config.policy_time import parse_moment
 from toppy.control.authorization import Authorizer, OwnService
 from toppy.control.settings import config_path, load_config
@@ -79,12 +80,12 @@ class Answer:
             ],
         }
 
-    def as_text(self, *, explains: bool) -> str:
-        """Facts for people."""
+    def as_text(self, *, explains: bool, protocols: str) -> str:
+        """Facts for people. ``protocols``: the word for what they hold for."""
         decision = self.decision
         word = "allow" if decision.is_allowed else "deny"
         who = self.identity.subject or "nobody"
-        lines = [f"{word}: {self.target} ({self.target.protocol}) for {who}"]
+        lines = [f"{word}: {self.target} ({protocols}) for {who}"]
         lines.append(f"rule: {decision.rule}")
         if decision.reason:
             lines.append(f"reason: {decision.reason}")
@@ -116,32 +117,64 @@ def _finding(found: RuleFinding, deciding: str) -> str:
     return f"matches, but {why}" if why else "matches, but another one decides"
 
 
-def show(program: str, find: Callable[[], Answer], *, explains: bool, as_json: bool) -> int:
-    """Print what ``find`` answers, or why it cannot; the exit code."""
+def show(
+    program: str,
+    find: Callable[[], Sequence[Answer]],
+    *,
+    explains: bool,
+    as_json: bool,
+    is_list: bool,
+) -> int:
+    """Print what ``find`` answers, or why it cannot; the exit code: allowed only if all is.
+
+    ``is_list``: the JSON is an array of all answers, not the object of one.
+    """
     try:
-        answer = find()
+        answers = find()
     except ToppyError as error:
         if as_json:
             print(json.dumps({"error": str(error)}, indent=2))
         print(f"{program} policy check: {error}", file=sys.stderr)
         return EXIT_ERROR
     if as_json:
-        print(json.dumps(answer.as_json(), indent=2))
+        facts = [answer.as_json() for answer in answers]
+        print(json.dumps(facts if is_list else facts[0], indent=2))
     else:
-        print(answer.as_text(explains=explains))
-    return EXIT_ALLOWED if answer.decision.is_allowed else EXIT_DENIED
+        print(_text(answers, explains=explains))
+    return EXIT_ALLOWED if all(each.decision.is_allowed for each in answers) else EXIT_DENIED
+
+
+def _text(answers: Sequence[Answer], *, explains: bool) -> str:
+    """Each answer; once, where they say the same of both protocols."""
+    both = " and ".join(each.target.protocol for each in answers)
+    shared = {each.as_text(explains=explains, protocols=both) for each in answers}
+    if len(shared) == 1:
+        return shared.pop()
+    return "\n".join(
+        each.as_text(explains=explains, protocols=each.target.protocol) for each in answers
+    )
 
 
 def check_client(
-    config: str | None, environ: Mapping[str, str], target: str, protocol: str, at: str | None
-) -> Answer:
-    """What the client's own policy says for whom its token names. Raises ``ToppyError``."""
+    config: str | None,
+    environ: Mapping[str, str],
+    target: str,
+    protocols: Sequence[Protocol],
+    at: str | None,
+) -> list[Answer]:
+    """What the client's own policy says of each protocol for whom its token names. Raises
+    ``ToppyError``.
+    """
     loaded = load_client_config(config, environ)
     for warning in loaded.warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    where = parse_target("--target", target, cast(Protocol, protocol))
+    wanted = [parse_target("--target", target, protocol) for protocol in protocols]
     now = _moment(at)
     who = own_identity(loaded, environ, ask_passphrase)
+    return [_client_answer(loaded, who, where, now) for where in wanted]
+
+
+def _client_answer(loaded: LoadedClientConfig, who: Identity, where: Target, now: float) -> Answer:
     found = decide_here(loaded.config, where, who, now)
     ruleset = own_ruleset(loaded.config)
     if found.unresolved:
@@ -168,22 +201,22 @@ def check_gateway(
     config: str | None,
     environ: Mapping[str, str],
     target: str,
-    protocol: str,
+    protocols: Sequence[Protocol],
     at: str | None,
     *,
     subject: str,
     roles: Sequence[str],
     groups: Sequence[str],
     claims: Sequence[str],
-) -> Answer:
-    """What the gateway of this configuration would say to a client whose credential proves all
-    this. Raises ``ToppyError``.
+) -> list[Answer]:
+    """What the gateway of this configuration would say of each protocol to a client whose
+    credential proves all this. Raises ``ToppyError``.
     """
     loaded = load_config(config_path(config, environ), environ)
     for warning in loaded.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     settings = loaded.config
-    where = parse_target("--target", target, cast(Protocol, protocol))
+    wanted = [parse_target("--target", target, protocol) for protocol in protocols]
     now = _moment(at)
     said = parse_claims(claims)
     mappings = (
@@ -197,6 +230,13 @@ def check_gateway(
         roles=tuple(dict.fromkeys((*roles, *given))),
         groups=tuple(groups),
     )
+    source = str(config_path(config, environ) or "environment")
+    return [_gateway_answer(settings, source, identity, where, now) for where in wanted]
+
+
+def _gateway_answer(
+    settings: GatewayConfig, source: str, identity: Identity, where: Target, now: float
+) -> Answer:
     ruleset = Ruleset(settings.policy.rules, roles=settings.policy.roles)
     nameservers = settings.resolver.nameservers
     authorizer = Authorizer(
@@ -226,7 +266,7 @@ def check_gateway(
     else:
         resolution = "not resolved: no address could change the decision"
     return Answer(
-        str(config_path(config, environ) or "environment"),
+        source,
         ruleset.with_roles(identity, where),
         where,
         now,

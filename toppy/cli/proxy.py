@@ -34,7 +34,7 @@ from toppy.client.session import GatewaySession
 from toppy.client.settings import LoadedClientConfig, load_client_config
 from toppy.client.tokens import own_identity
 from toppy.client.tunnel import Refusal
-from toppy.config.address import parse_host_port
+from toppy.config.address import parse_listen_address
 from toppy.config.client import ClientConfig
 from toppy.errors import ConfigError, ToppyError
 from toppy.model.audit_event import AuditAction
@@ -93,7 +93,7 @@ def _fail(error: ToppyError) -> int:
 
 def _parse(listen: str) -> tuple[str, int]:
     try:
-        return parse_host_port(listen)
+        return parse_listen_address(listen)
     except ValueError as error:
         raise ConfigError(f"--listen: {error}") from None
 

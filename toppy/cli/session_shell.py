@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from structlog.typing import FilteringBoundLogger
+
 from toppy.auth.oidc import OidcError
 from toppy.auth.token_cache import TokenCacheError
 from toppy.cli.login import ask_passphrase
@@ -34,7 +36,9 @@ EXIT_FAILURE: Final = 1
 EXIT_DENIED: Final = 2
 _EXIT_SECOND_SIGNAL: Final = 130
 _PROBLEM_INTERVAL_S: Final = 1.0
-"""Between two lines of the log about what failed."""
+"""Between two lines of the log about the same target and reason."""
+_MOST_PROBLEMS: Final = 64
+"""Targets with a reason that have an interval of their own; further ones share one."""
 _MOST_RECORDED: Final = 100
 """Entries of the audit log of one kind, of one command."""
 _RECORD_TIMEOUT_S: Final = 0.1
@@ -112,7 +116,8 @@ class Notices:
         self._audit = audit
         self._is_quiet = is_quiet
         self._recorded: dict[AuditAction, set[tuple[str, str]]] = {}
-        self._next_line = 0.0
+        self._next_lines: dict[tuple[str, str], float] = {}
+        self._next_of_others = 0.0
         self.problem = ""
 
     def make_session(self, settings: GatewaySettings) -> GatewaySession:
@@ -162,23 +167,34 @@ class Notices:
             _log.warning("the login is not renewed", reason=problem)
 
     def on_refused(self, target: str, reason: str, *, peer: str = "", status: int = 0) -> None:
-        """There is no way to a target for a connection or local peer."""
-        if self._may_log(reason):
-            _log.warning(
-                "no way to the target", address=peer, target=target, reason=reason, status=status
-            )
+        """There is no way to a target for a connection or local peer. ``status`` is the gateway's
+        answer; 0: it gave none.
+        """
+        if self._may_log(target, reason):
+            log = _log_of(target=target, address=peer, status=status)
+            log.warning("no way to the target", reason=reason)
 
     def on_reset(self, target: str, reason: str, *, peer: str = "") -> None:
         """A connection did not end in order."""
-        if self._may_log(reason):
-            _log.warning("a connection was reset", address=peer, target=target, reason=reason)
+        if self._may_log(target, reason):
+            log = _log_of(target=target, address=peer)
+            log.warning("a connection was reset", reason=reason)
 
-    def _may_log(self, reason: str) -> bool:
+    def _may_log(self, target: str, reason: str) -> bool:
         self.problem = reason
-        now = time.monotonic()
-        if self._is_quiet or now < self._next_line:
+        if self._is_quiet:
             return False
-        self._next_line = now + _PROBLEM_INTERVAL_S
+        now, key = time.monotonic(), (target, reason)
+        if key not in self._next_lines and len(self._next_lines) >= _MOST_PROBLEMS:
+            self._next_lines = {k: due for k, due in self._next_lines.items() if due > now}
+            if len(self._next_lines) >= _MOST_PROBLEMS:
+                if now < self._next_of_others:
+                    return False
+                self._next_of_others = now + _PROBLEM_INTERVAL_S
+                return True
+        if now < self._next_lines.get(key, 0.0):
+            return False
+        self._next_lines[key] = now + _PROBLEM_INTERVAL_S
         return True
 
     def record_once(
@@ -200,3 +216,9 @@ class Notices:
             lock_timeout_s=_RECORD_TIMEOUT_S,
             **facts,
         )
+
+
+def _log_of(*, target: str, address: str, status: int = 0) -> FilteringBoundLogger:
+    """The log with these fields; what is empty or 0 is not known, and has none."""
+    fields = {"target": target, "address": address, "status": status}
+    return _log.bind(**{name: value for name, value in fields.items() if value})

@@ -26,7 +26,7 @@ from toppy.cli.session_shell import (
 )
 from toppy.client.audit import ClientAudit
 from toppy.client.gateway_far_side import open_stream
-from toppy.client.policy import check_policy, parse_target
+from toppy.client.policy import check_policy, own_denial, parse_target
 from toppy.client.session import GatewaySession
 from toppy.client.settings import load_client_config
 from toppy.client.stdio_tunnel import carry_stdio
@@ -52,7 +52,7 @@ def run_ssh_proxy(host: str, port: int, config: str | None, environ: Mapping[str
         check_policy(loaded.config, target, own_identity(loaded, environ, ask_passphrase))
         access = load_access(loaded, environ)
     except DeniedError as error:
-        _say(f"policy denied: {error}")
+        _say(f"policy denied: {own_denial(error, loaded.path)}")
         audit.record_and_ship(AuditAction.SSH_PROXY, str(target), allowed=False, reason=str(error))
         return EXIT_DENIED
     except STARTUP_ERRORS as error:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from toppy import __version__
 from toppy.cli.audit import audit_app
 from toppy.cli.policy import client_policy_app
+from toppy.system.descriptors import open_missing_standard_descriptors
 
 app = typer.Typer(
     name="toppy",
@@ -63,8 +64,8 @@ def udp(
     ] = None,
     config: ConfigOption = None,
 ) -> None:
-    """Forward a local UDP port to a target behind the gateway; without --listen and --target,
-    every [[forward]] of UDP in the configuration.
+    r"""Forward a local UDP port to a target behind the gateway; without --listen and --target,
+    every [\[forward]] of UDP in the configuration.
     """
     from toppy.cli.udp import run_udp  # noqa: PLC0415
 
@@ -89,8 +90,8 @@ def up(
         bool, typer.Option("--once", help="Serve one connection, then exit; 1 if it failed.")
     ] = False,
 ) -> None:
-    """Forward a local TCP port to a target behind the gateway; without --listen and --target,
-    every [[forward]] in the configuration.
+    r"""Forward a local TCP port to a target behind the gateway; without --listen and --target,
+    every [\[forward]] in the configuration.
     """
     from toppy.cli.up import run_up  # noqa: PLC0415
 
@@ -153,12 +154,18 @@ def doctor(
             help="Ask both policies about it, too. Default: $TOPPY_DOCTOR_TARGET",
         ),
     ] = None,
+    protocol: Annotated[
+        Literal["udp", "tcp"] | None,
+        typer.Option(help="Ask about the target by this alone. Default: both"),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print facts as JSON.")] = False,
 ) -> None:
     """Check configuration, gateway, path and policy; say what to do about what fails."""
     from toppy.cli.doctor import run_doctor  # noqa: PLC0415
 
-    raise typer.Exit(run_doctor(config, os.environ, as_json=as_json, target=target))
+    raise typer.Exit(
+        run_doctor(config, os.environ, as_json=as_json, target=target, protocol=protocol)
+    )
 
 
 @app.command()
@@ -198,4 +205,5 @@ def whoami(
 
 def main() -> None:
     """Entry point."""
+    open_missing_standard_descriptors()
     sys.exit(app())

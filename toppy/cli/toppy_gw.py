@@ -15,10 +15,11 @@ from toppy.cli.audit import audit_app
 from toppy.cli.cert import cert_app
 from toppy.cli.policy import gateway_policy_app
 from toppy.errors import ConfigError, ToppyError
+from toppy.system.descriptors import open_missing_standard_descriptors
 
 app = typer.Typer(
     name="toppy-gw",
-    help="The toppy gateway: UDP to private targets through one QUIC port (MASQUE).",
+    help="The toppy gateway: UDP and TCP to private targets through one QUIC port (MASQUE).",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
@@ -232,4 +233,5 @@ def _fail(error: Exception, exit_code: int = 1) -> NoReturn:
 
 def main() -> None:
     """Entry point."""
+    open_missing_standard_descriptors()
     sys.exit(app())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from toppy.client.lookup import NameLookupError, look_up, look_up_now
 from toppy.client.own_identity import identity_of_token
@@ -133,6 +134,12 @@ def check_policy(config: ClientConfig, target: Target, identity: Identity | None
     if is_nobody and decision.rule == DEFAULT_RULE:
         reason += " (there are rules for some people; nobody is logged in: run toppy login)"
     raise DeniedError(reason, rule=decision.rule)
+
+
+def own_denial(error: DeniedError, path: Path) -> str:
+    """A denial of ``check_policy`` with the file whose rules it is of, and what to do there."""
+    what = "add a [[policy.allow]] there" if error.rule == DEFAULT_RULE else "see its rule there"
+    return f"{error} (this client's policy, {path}; {what})"
 
 
 def policy_warnings(config: ClientConfig) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+import secrets
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from toppy.client.tunnels import Tunnels
 from toppy.errors import ConfigError
 from toppy.model.drop_reason import DropReason
 from toppy.net.quic_driver import QuicDriver
-from toppy.net.udp_socket import UdpSocket, bind_udp
+from toppy.net.udp_socket import UdpSocket, bind_udp, connect_udp
 from toppy.protocol.backoff import Backoff
 from toppy.quic.choose import make_engine
 from toppy.quic.endpoint import H3_ALPN, ConnectionOpened, Endpoint
@@ -30,6 +31,7 @@ from toppy.quic.engine import (
     EngineConfig,
 )
 from toppy.quic.h3 import H3_NO_ERROR
+from toppy.wire.version_negotiation import MIN_PROBE_BYTES, PROBE_ID_BYTES, encode_version_probe
 
 DIAL_TIMEOUT_S = 5.0
 """From the first packet to the gateway's SETTINGS."""
@@ -41,6 +43,12 @@ IDLE_TIMEOUT_S = 20.0
 STABLE_S = 1.0
 """A connection that lasted so long was a good one: the next attempt comes soon."""
 _CLOSE_GRACE_S = 0.05
+_ASKING_S = 0.3
+"""For an ICMP message, after an attempt that met with silence."""
+_ASKING_BUFFER_BYTES = 1 << 16
+_NO_ANSWER = "no answer (is UDP blocked on the way, or the gateway down? `toppy doctor` finds out)"
+_UNKNOWN_ISSUER = ("UnknownIssuer", "unable to get local issuer certificate")
+"""In the words of the one engine and the other."""
 CERTIFICATE_REQUIRED = 0x0174
 """The TLS alert of that name as a QUIC error code (RFC 8446 section 6, RFC 9001 section 4.8)."""
 
@@ -134,6 +142,7 @@ class GatewaySession:
         self._left: asyncio.Future[str] = loop.create_future()
         """Done when the gateway wants the current connection to be left."""
         self._last_reason = ""
+        self._is_first_dial = True
         self._timer: asyncio.TimerHandle | None = None
         self._timer_due = 0.0
 
@@ -206,7 +215,7 @@ class GatewaySession:
         addresses = await self._resolve()
         before = self._connection
         self._opened = asyncio.get_running_loop().create_future()
-        self._last_reason = "no answer (is UDP blocked on the way, or the gateway down?)"
+        self._last_reason = _NO_ANSWER
         where = f"{settings.host}:{settings.port}"
         try:
             async with asyncio.timeout(DIAL_TIMEOUT_S):
@@ -218,14 +227,43 @@ class GatewaySession:
                     done, _ = await asyncio.wait({self._opened}, timeout=ATTEMPT_DELAY_S)
                     if done:
                         break
+                else:
+                    await self._give_up_early(addresses)
                 await self._opened
         except TimeoutError:
+            if self._last_reason == _NO_ANSWER:
+                await self._ask_kernel(addresses)
             if self._connection not in (None, before):
                 return  # it came in the very turn in which the time was up
             raise _DialError(f"cannot connect to {where}: {self._last_reason}") from None
         finally:
             self._opened = None
             self._abandon_attempts()
+
+    async def _give_up_early(self, addresses: list[Address]) -> None:
+        """Whoever starts a client hears at once that there is no gateway. Later attempts go on for
+        their whole time: a gateway that starts again is back before.
+        """
+        is_first, self._is_first_dial = self._is_first_dial, False
+        if not is_first or self._last_reason != _NO_ANSWER:
+            return
+        await self._ask_kernel(addresses)
+        if self._last_reason == _NO_ANSWER or self._opened is None or self._opened.done():
+            return
+        where = f"{self._settings.host}:{self._settings.port}"
+        raise _DialError(f"cannot connect to {where}: {self._last_reason}")
+
+    async def _ask_kernel(self, addresses: list[Address]) -> None:
+        """Say so where an ICMP message tells that nothing listens: the kernel passes it on to
+        sockets that are connected, which the session's are not.
+        """
+        answers = await asyncio.gather(*(_is_refused(address) for address in addresses))
+        # meanwhile an attempt may have got an answer that says more
+        if all(answers) and self._last_reason == _NO_ANSWER:
+            self._last_reason = (
+                f"nothing listens at UDP port {self._settings.port}: start the gateway (toppy-gw "
+                "status there), or mend port"
+            )
 
     def _abandon_attempts(self) -> None:
         attempts, self._attempts = self._attempts, set()
@@ -251,7 +289,8 @@ class GatewaySession:
                     if connection in self._attempts and self._opened is not None:
                         self._receive_opened(connection)
                 case ConnectionClosed(connection=connection):
-                    self._receive_closed(connection, why_closed(event))
+                    why = why_closed(event, has_ca=self._settings.ca_certificates_pem is not None)
+                    self._receive_closed(connection, why)
                 case _:
                     if event.connection in self._connections:
                         self.tunnels.handle(event, now)
@@ -361,8 +400,34 @@ class _DialError(Exception):
     """One attempt to reach the gateway failed."""
 
 
-def why_closed(event: ConnectionClosed) -> str:
-    """Why a connection ended, with what to do about it where that is the configuration."""
+async def _is_refused(address: Address) -> bool:
+    """Whether the address says that nothing listens at its port."""
+    own_id, other_id = secrets.token_bytes(PROBE_ID_BYTES), secrets.token_bytes(PROBE_ID_BYTES)
+    question = encode_version_probe(MIN_PROBE_BYTES, other_id, own_id)
+    try:
+        sock = connect_udp(*address, buffer_bytes=_ASKING_BUFFER_BYTES)
+    except OSError:
+        return False
+    try:
+        async with asyncio.timeout(_ASKING_S):
+            sock.send(question)
+            await asyncio.get_running_loop().sock_recv(sock, MIN_PROBE_BYTES)
+    except ConnectionRefusedError:
+        return True
+    except (OSError, TimeoutError):
+        return False
+    finally:
+        sock.close()
+    return False
+
+
+def why_closed(event: ConnectionClosed, *, has_ca: bool = True) -> str:
+    """Why a connection ended, with what to do about it where that is the configuration.
+
+    ``has_ca``: the configuration names who issues the gateway's certificate.
+    """
+    if not (has_ca or event.by_peer) and any(each in event.reason for each in _UNKNOWN_ISSUER):
+        return f"{event.reason}: set ca_cert_path to the gateway's ca.pem"
     if event.by_peer and event.error_code == CERTIFICATE_REQUIRED:
         return f"{event.reason}: set client_certificate and client_key"
     return event.reason

@@ -89,7 +89,9 @@ def gateway_settings(
     config = loaded.config
     ca = None
     if config.ca_cert_path is not None:
-        ca = _read_certificates(loaded.path.absolute().parent / config.ca_cert_path)
+        ca = _read_certificates(
+            loaded.path.absolute().parent / config.ca_cert_path, source=loaded.path
+        )
     chain, key = _client_pair(loaded)
     authority = Target(config.gateway, config.port)
     token = config.token
@@ -136,7 +138,16 @@ def _client_pair(loaded: LoadedClientConfig) -> tuple[bytes, bytes]:
         ) from None
 
 
-def _read_certificates(path: Path) -> bytes:
+def _read_certificates(path: Path, *, source: Path) -> bytes:
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        raise ConfigError(
+            f"{source}: ca_cert_path: {path} does not exist; copy ca.pem from the gateway",
+            key="ca_cert_path",
+        ) from None
+    except OSError:
+        pass  # something is there; whoever reads it says why it cannot be
     pem = read_file(path, "ca_cert_path")
     try:
         x509.load_pem_x509_certificates(pem)

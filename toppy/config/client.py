@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 from pydantic import Field, SecretStr, field_validator, model_validator
 
-from toppy.config.address import parse_host_port
+from toppy.config.address import parse_host_port, parse_listen_address
 from toppy.config.audit import check_collector_url
-from toppy.config.policy import PolicyRole, PolicyRule, name_rules
+from toppy.config.policy import Networks, PolicyRole, PolicyRule, name_rules
 from toppy.config.reading import apply_environment, parse_toml, validate
 from toppy.config.section import (
     CommaList,
@@ -27,9 +27,17 @@ from toppy.model.rate import UNLIMITED, Rate
 from toppy.wire.connect_udp import RequestError, parse_host, validate_template
 from toppy.wire.pac import encode_pac
 
+_CIDR = (
+    "Networks, compared with an address that was asked for, or with what a name resolves to here. "
+    "Private and other special addresses are networks like all others: only the gateway's rules "
+    "treat them apart."
+)
+
 
 class AllowRule(PolicyRule):
     """A rule of the client's policy: what is not allowed is denied."""
+
+    cidr: Networks = Field((), description=_CIDR)
 
     action: Literal["allow", "deny"] = Field(
         "allow", description="`allow`; a `deny` rule is refused, it goes into `policy.deny`."
@@ -53,6 +61,8 @@ class AllowRule(PolicyRule):
 class DenyRule(PolicyRule):
     """A rule of the client's policy that wins over every one that allows."""
 
+    cidr: Networks = Field((), description=_CIDR)
+
     action: Literal["allow", "deny"] = Field(
         "deny", description="`deny`; an `allow` rule is refused, it goes into `policy.allow`."
     )
@@ -62,6 +72,10 @@ class DenyRule(PolicyRule):
         if self.action != "deny":
             raise ValueError("action: rules of policy.deny only deny; use [[policy.allow]]")
         return self
+
+
+def _places(rules: tuple[PolicyRule, ...], table: str) -> list[str]:
+    return [f"[[policy.{table}]] {number}" for number in range(1, len(rules) + 1)]
 
 
 class ClientPolicy(Section):
@@ -74,7 +88,7 @@ class ClientPolicy(Section):
     @field_validator("allow")
     @classmethod
     def _named(cls, value: tuple[AllowRule, ...]) -> tuple[AllowRule, ...]:
-        return name_rules(value)
+        return name_rules(value, places=_places(value, "allow"))
 
     @field_validator("deny")
     @classmethod
@@ -89,7 +103,8 @@ class ClientPolicy(Section):
     @property
     def rules(self) -> tuple[PolicyRule, ...]:
         """All of them."""
-        return name_rules((*self.allow, *self.deny))
+        places = _places(self.allow, "allow") + _places(self.deny, "deny")
+        return name_rules((*self.allow, *self.deny), places=places)
 
 
 class TokenAuth(Table):
@@ -214,14 +229,16 @@ class ForwardEntry(Section):
     """
 
     protocol: Literal["udp", "tcp"] = setting("tcp", "`tcp` or `udp`.")
-    listen: str = setting(..., "Local address, `HOST:PORT`.")
+    listen: str = setting(
+        ..., "Local address, `HOST:PORT`; whoever reaches it uses this client's access."
+    )
     target: str = setting(..., "Where it leads, `HOST:PORT`; `policy` must allow it.")
     direct: bool = setting(False, "Connect from here, without the gateway; TCP only.")
 
     @field_validator("listen")
     @classmethod
     def _listen(cls, value: str) -> str:
-        parse_host_port(value)
+        parse_listen_address(value)
         return value
 
     @field_validator("target")
@@ -268,7 +285,7 @@ class ProxySection(Section):
     @field_validator("listen")
     @classmethod
     def _listen(cls, value: str) -> str:
-        parse_host_port(value)
+        parse_listen_address(value)
         return value
 
     @model_validator(mode="after")

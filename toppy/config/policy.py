@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
@@ -43,14 +44,25 @@ def _parse_networks(value: Any) -> Any:
         if isinstance(text, Network):
             networks.append(text)
             continue
-        try:
-            # ip_network takes plain numbers too, and a slip of the pen must open nothing
-            networks.append(ipaddress.ip_network(str(text) if isinstance(text, str) else "", False))
-        except ValueError:
-            raise ValueError(
-                f"{text!r} is no network; write 10.0.0.0/8, 192.0.2.7 or 2001:db8::/32"
-            ) from None
+        networks.append(_parse_network(text))
     return tuple(networks)
+
+
+def _parse_network(text: Any) -> Network:
+    written = text if isinstance(text, str) else ""
+    try:
+        # plain numbers are taken, too, and a slip of the pen must open nothing
+        network, address = ipaddress.ip_network(written, False), ipaddress.ip_interface(written).ip
+    except ValueError:
+        raise ValueError(
+            f"{text!r} is no network; write 10.0.0.0/8, 192.0.2.7 or 2001:db8::/32"
+        ) from None
+    if int(address) != int(network.network_address):
+        raise ValueError(
+            f"{text!r} says an address and the length of its network; write {network} or "
+            f"{address}/{address.max_prefixlen}"
+        )
+    return network
 
 
 def _parse_hosts(value: Any) -> Any:
@@ -108,6 +120,7 @@ def _texts(value: Any) -> Any:
     return tuple(texts)
 
 
+Networks = Annotated[tuple[Network, ...], BeforeValidator(_parse_networks)]
 Texts = Annotated[tuple[str, ...], BeforeValidator(_texts)]
 Claims = Annotated[dict[str, tuple[Scalar, ...]], BeforeValidator(_parse_claims)]
 
@@ -143,7 +156,7 @@ class PolicyRule(BaseModel):
         "", description="How answers and logs call the rule. Default: `rule N`.", max_length=100
     )
     action: Literal["allow", "deny"] = Field(description="What a match means.")
-    cidr: Annotated[tuple[Network, ...], BeforeValidator(_parse_networks)] = Field(
+    cidr: Networks = Field(
         (),
         description=(
             "Networks, checked on the address *after* resolution. An allow rule opens private and "
@@ -236,18 +249,25 @@ class PolicyRule(BaseModel):
 Rule = TypeVar("Rule", bound=PolicyRule)
 
 
-def name_rules(rules: tuple[Rule, ...], word: str = "rule") -> tuple[Rule, ...]:
+def name_rules(
+    rules: tuple[Rule, ...], word: str = "rule", places: Sequence[str] = ()
+) -> tuple[Rule, ...]:
     """The rules, each with a name: ``word N``, counted from 1, where none was given.
 
-    Raises ``ValueError`` where two have the same: answers and the audit log name rules.
+    Raises ``ValueError`` where two have the same: answers and the audit log name rules. ``places``
+    says where each stands; default: ``word N``.
     """
     named = tuple(
         rule if rule.name else rule.model_copy(update={"name": f"{word} {number}"})
         for number, rule in enumerate(rules, 1)
     )
-    seen: set[str] = set()
-    for rule in named:
+    seen: dict[str, str] = {}
+    for index, rule in enumerate(named):
+        place = places[index] if places else f"{word} {index + 1}"
         if rule.name in seen:
-            raise ValueError(f"two rules are called {rule.name!r}; give each a name of its own")
-        seen.add(rule.name)
+            raise ValueError(
+                f"the name {rule.name!r} is used twice, by {seen[rule.name]} and {place}; give "
+                "each a name of its own"
+            )
+        seen[rule.name] = place
     return named

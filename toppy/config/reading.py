@@ -61,6 +61,8 @@ def validate(
         return model.model_validate(data)
     except ValidationError as error:
         found = [_Found.of(details, model) for details in error.errors(include_url=False)]
+        # a key that is misspelt is why another one is missing
+        found.sort(key=lambda one: not one.suggestion)
         lines = [one.describe(text, source, variables or {}) for one in found]
         raise ConfigError("\n".join(dict.fromkeys(lines)), key=found[0].key) from None
 
@@ -165,6 +167,17 @@ class _Found:
             f"[{part}]" if isinstance(part, int) else f".{_quote(part)}" for part in self.location
         ).lstrip(".")
 
+    @property
+    def _known(self) -> list[str]:
+        return list(dict.fromkeys(key for m in self.owners for key in m.model_fields))
+
+    @property
+    def suggestion(self) -> str:
+        """Which key an unknown one may be meant to be; nothing for other errors."""
+        if self.details["type"] != "extra_forbidden":
+            return ""
+        return suggest(str(self.location[-1]), self._known)
+
     def describe(self, text: str, source: str, variables: Mapping[str, str]) -> str:
         """One line: where, which key, which value, what is allowed."""
         key, what, value = self.key, self._what(), self._shown_value()
@@ -185,7 +198,8 @@ class _Found:
         value = self.details.get("input")
         hidden = ("missing", "extra_forbidden", "model_type", "model_attributes_type")
         is_secret = any(part in _SECRET_KEYS for part in self.location)
-        is_whole_table = isinstance(value, dict | BaseModel)
+        one = value[0] if isinstance(value, list | tuple) and value else value
+        is_whole_table = isinstance(one, dict | BaseModel)
         if is_secret or is_whole_table or self.details["type"] in hidden:
             return ""
         shown = repr(value)
@@ -196,9 +210,8 @@ class _Found:
     def _what(self) -> str:
         match self.details["type"]:
             case "extra_forbidden":
-                known = list(dict.fromkeys(key for m in self.owners for key in m.model_fields))
-                hint = suggest(str(self.location[-1]), known)
-                return f"unknown key{hint}; known here: {', '.join(known)}"
+                hint = self.suggestion or f"; known here: {', '.join(self._known)}"
+                return f"unknown key{hint}"
             case "missing":
                 return "is required"
             case "model_type" | "model_attributes_type":

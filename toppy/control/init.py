@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from toppy.config.address import parse_host_port
+from toppy.control.audit_settings import SYSTEM_STATE_DIRECTORY
 from toppy.control.certificates import LOCAL_NAMES, checked_name
 from toppy.control.service_files import service_user
 from toppy.control.settings import SYSTEM_CONFIG
@@ -37,6 +38,8 @@ private_key = "server-key.pem"
 [auth]
 token_file = "token"
 
+{audit}
+
 # What clients may reach. A deny rule wins; what no rule allows is denied.
 # Loopback, private and other special addresses need a rule whose cidr names them.
 {rules}
@@ -47,20 +50,35 @@ _OWN_RUNTIME_DIR = """\
 runtime_dir = "run"
 """
 
+_OWN_AUDIT = """\
+# who reached what, relative to this file; `toppy-gw audit verify` checks it
+[audit]
+path = "audit.jsonl\""""
+
+_SYSTEM_AUDIT = f"""\
+# who reached what; `toppy-gw audit verify` checks it
+[audit]
+path = "{SYSTEM_STATE_DIRECTORY}/audit.jsonl\""""
+
+# a log that root has begun by hand could not be written by the service
+_SERVICE_AUDIT = f"""\
+# The service writes an audit log, $STATE_DIRECTORY/audit.jsonl; a run by hand writes none without:
+# [audit]
+# path = "{SYSTEM_STATE_DIRECTORY}/audit.jsonl\""""
+
 _LOOPBACK_RULES = """\
 [[policy.rules]]
 name = "this machine"
 action = "allow"
 cidr = ["127.0.0.0/8", "::1/128"]
-protocol = ["udp"]"""
+protocol = ["udp", "tcp"]"""
 
 _EXAMPLE_RULES = """\
 # [[policy.rules]]
 # name = "office DNS"
 # action = "allow"
 # cidr = ["10.0.0.53/32"]
-# ports = [53]
-# protocol = ["udp"]"""
+# ports = [53]"""
 
 _CLIENT = """\
 # toppy; every key is in docs/configuration.md.
@@ -68,7 +86,7 @@ _CLIENT = """\
 gateway = "{host}"
 port = {port}
 server_name = "{server_name}"
-ca_cert_path = {ca}
+ca_cert_path = "ca.pem"
 mtu = 1350
 
 [auth]
@@ -106,6 +124,7 @@ def write_development_files(
     server = issue_server_certificate(ca, tuple(wanted))
     token = secrets.token_urlsafe(32)
     where = directory.absolute()
+    toml_text(str(where))  # its paths end up in other configurations
     client_host = host
     if is_wildcard:
         client_host = client_name or ("::1" if ":" in host else "127.0.0.1")
@@ -121,6 +140,7 @@ def write_development_files(
                 runtime_dir="" if where == _SYSTEM_DIRECTORY else _OWN_RUNTIME_DIR,
                 listen=listen,
                 health=health,
+                audit=_audit_table(where),
                 rules=_LOOPBACK_RULES if is_loopback else _EXAMPLE_RULES,
             ).encode(),
         ),
@@ -130,7 +150,6 @@ def write_development_files(
                 host=client_host,
                 port=port or 4433,
                 server_name=client_name or "localhost",
-                ca=toml_text(str(where / "ca.pem")),
                 token=token,
             ).encode(),
             0o600,
@@ -152,6 +171,12 @@ def write_development_files(
         )
     except OSError as error:
         raise ConfigError(f"cannot write {error.filename or where}: {error.strerror}") from None
+
+
+def _audit_table(directory: Path) -> str:
+    if directory != _SYSTEM_DIRECTORY:
+        return _OWN_AUDIT
+    return _SYSTEM_AUDIT if service_user(directory) is None else _SERVICE_AUDIT
 
 
 def _is_untouched_example(directory: Path) -> bool:

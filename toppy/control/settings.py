@@ -137,6 +137,11 @@ def config_path(flag: str | None, environ: Mapping[str, str]) -> Path | None:
 def load_config(path: Path | None, environ: Mapping[str, str]) -> LoadedConfig:
     """Parse the file, or the environment alone. Raises ``ConfigError``."""
     text, source = "", "environment"
+    if path is None and not any(name.startswith("TOPPY_GW_") for name in environ):
+        raise ConfigError(
+            f"{SYSTEM_CONFIG} does not exist; write one with `toppy-gw init`, or name another with "
+            "--config"
+        )
     if path is not None:
         source = str(path)
         text = read_file(path, "configuration").decode("utf-8", "replace")

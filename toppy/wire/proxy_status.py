@@ -141,6 +141,13 @@ _ADVICE_BY_STATUS = {
 }
 
 
+_ADVICE_AFTER_DETAILS = {
+    401: "get a new token (auth_token, or `toppy login`)",
+    403: "ask the gateway's operator for a rule",
+}
+"""Shorter: that it is the token or the policy has been said."""
+
+
 _STATUS_BY_ERROR = {
     "dns_timeout": 504,
     "dns_error": 502,
@@ -191,14 +198,24 @@ def failure_of_errno(number: int | None) -> tuple[int, str]:
 
 
 def explain(status: int, proxy_status: ProxyStatus | None) -> str:
-    """One sentence for a person: what, by which rule, what to do next."""
+    """One sentence for a person: what, by which rule, what to do next.
+
+    Details that end in a question or have a part behind a semicolon say that last by themselves.
+    """
     reason = error = ""
+    is_advised = False
     if proxy_status is not None:
         error = proxy_status.error
-        reason = proxy_status.details or error.replace("_", " ")
+        details = proxy_status.details
+        is_advised = "; " in details or details.endswith("?")
+        reason = details or error.replace("_", " ")
         if proxy_status.rule:
             reason = f"{reason} (rule {proxy_status.rule!r})".lstrip()
+    if is_advised:
+        return f"{status}: {reason}"
     advice = _ADVICE_BY_STATUS.get(status, "the gateway refused the tunnel")
+    if proxy_status is not None and proxy_status.details:
+        advice = _ADVICE_AFTER_DETAILS.get(status, advice)
     # a missing token or a wrong path is what the status says, whatever the error type
     if status not in (400, 401, 404, 407):
         advice = _ADVICE_BY_ERROR.get(error, advice)

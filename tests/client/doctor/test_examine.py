@@ -19,6 +19,7 @@ from toppy.client.doctor import host as host_module
 from toppy.client.doctor.examine import NETWORK_CHECKS, ORDER, examine
 from toppy.client.doctor.report import Check, Report, Status
 from toppy.client.lookup import NameLookupError
+from toppy.model.target import Protocol
 from toppy.quic import choose
 from toppy.quic.endpoint import HeadersReceived
 from toppy.quic.engine import Address
@@ -445,6 +446,28 @@ def test_one_protocol_that_the_gateway_opens_is_enough(tmp_path: Path) -> None:
     assert check.status is Status.PASS
     assert "opens UDP tunnels" in check.summary
     assert "TCP: 502" in check.summary
+
+
+@pytest.mark.parametrize("protocol", ["udp", "tcp"])
+def test_both_policies_may_be_asked_about_one_protocol_alone(
+    tmp_path: Path, protocol: Protocol
+) -> None:
+    def respond(request: HeadersReceived) -> tuple[Headers, bool]:
+        if dict(request.headers)[b":protocol"] == b"connect-udp":
+            return with_facts()(request)
+        return refusing(403, error="http_request_denied")(request)
+
+    async def scenario() -> Report:
+        async with LoopbackGateway(respond=respond) as gateway:
+            config = write_config(tmp_path, gateway.address, UDP_ONLY)
+            environ = {"HOME": str(tmp_path)}
+            return await examine(str(config), environ, target="10.0.0.1:53", protocol=protocol)
+
+    checks = by_id(asyncio.run(scenario()))
+    status = Status.PASS if protocol == "udp" else Status.FAIL
+    assert checks["policy.denied"].status is status
+    assert checks["policy.gateway"].status is status
+    assert set(checks["policy.gateway"].facts) == {f"{protocol}_status"}
 
 
 @pytest.mark.parametrize("status", [404, 501])

@@ -454,6 +454,29 @@ def test_a_target_that_was_not_asked_about_in_time_is_skipped() -> None:
     assert the(findings, "policy.gateway").status is Status.SKIP
 
 
+def test_one_protocol_that_the_gateway_denies_is_a_warning_that_names_it() -> None:
+    evidence = Evidence()
+    evidence.tunnel.targets = [
+        TargetEvidence("udp", 200),
+        TargetEvidence("tcp", 403, "403: not allowed; ask"),
+    ]
+    findings = Findings()
+    judge_target(findings, evidence, Target("10.0.0.1", 53))
+    check = the(findings, "policy.gateway")
+    assert check.status is Status.WARN
+    assert check.summary.startswith("the gateway denies TCP: the gateway opens UDP tunnels to ")
+    assert "--protocol udp" in (check.remedy or "")
+
+
+@pytest.mark.parametrize("status", [403, 404, 502])
+def test_the_only_protocol_that_was_asked_for_fails_where_it_is_not_opened(status: int) -> None:
+    evidence = Evidence()
+    evidence.tunnel.targets = [TargetEvidence("tcp", status, f"{status}: no; ask")]
+    findings = Findings()
+    judge_target(findings, evidence, Target("10.0.0.1", 53))
+    assert the(findings, "policy.gateway").status is Status.FAIL
+
+
 def test_a_target_that_gets_no_answer_fails() -> None:
     evidence = Evidence()
     evidence.tunnel.targets = [TargetEvidence("udp", trouble=SILENCE)]

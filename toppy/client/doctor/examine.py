@@ -62,7 +62,7 @@ from toppy.client.session import GatewaySettings
 from toppy.client.settings import LoadedClientConfig, gateway_settings
 from toppy.client.tokens import login_settings, token_source
 from toppy.errors import ConfigError
-from toppy.model.target import Target
+from toppy.model.target import Protocol, Target
 from toppy.quic.choose import choose_engine
 from toppy.quic.engine import Address
 from toppy.system.tun_probe import TunProbe, tun_probe
@@ -129,11 +129,14 @@ async def examine(
     environ: Mapping[str, str],
     *,
     target: str | None = None,
+    protocol: Protocol | None = None,
     network: Network | None = None,
     tun: TunProbe | None = None,
     unix_clock: Callable[[], float] = time.time,
 ) -> Report:
-    """Run every check. ``flag`` is ``--config``, ``target`` is ``--target``."""
+    """Run every check. ``flag`` is ``--config``, ``target`` is ``--target``, ``protocol`` is
+    ``--protocol``: None asks about UDP and TCP.
+    """
     findings = Findings()
     ends_at = asyncio.get_running_loop().time() + TOTAL_S
     loaded = check_configuration(findings, flag, environ)
@@ -157,7 +160,7 @@ async def examine(
     def ask_own_policy() -> Findings:
         found = Findings()
         if loaded is not None:
-            check_own_policy(found, loaded, asked_about, option, environ)
+            check_own_policy(found, loaded, asked_about, option, environ, protocol=protocol)
         return found
 
     beside = {"tun.perm": _beside(ask_tun)}
@@ -178,6 +181,7 @@ async def examine(
             has_login=login_settings(loaded, environ) is not None,
             asks_gateway=loaded.config.gateway_template is None,
             target=_target(option, asked_about),
+            protocols=("udp", "tcp") if protocol is None else (protocol,),
         )
         real = network or SystemNetwork(loaded, environ)
         evidence = await Gatherer(real, questions, unix_clock).run()

@@ -17,6 +17,7 @@ _ETHERNET_PAYLOAD_BYTES = 1452
 """1,500 without the headers of IPv6 and UDP."""
 _NO_TIME = "not checked: there was no time left for it"
 _NO_TCP = (404, 501)
+_FORBIDDEN = 403
 TUNNEL_CHECKS = ("masque.connect_udp", "masque.connect_udp.datagram")
 
 
@@ -217,9 +218,13 @@ def _release(version: str) -> list[str]:
 
 
 def judge_target(findings: Findings, evidence: Evidence, target: Target) -> None:
-    """``policy.gateway``: whether the gateway opens tunnels to a target."""
+    """``policy.gateway``: whether the gateway opens tunnels to a target. Where both protocols were
+    asked for, one that it has no way for is only mentioned, one that it denies is a warning.
+    """
     check_id = "policy.gateway"
-    asked = [e for e in evidence.tunnel.targets if e.protocol == "udp" or e.status not in _NO_TCP]
+    asked = evidence.tunnel.targets
+    if len(asked) > 1:
+        asked = [e for e in asked if e.protocol == "udp" or e.status not in _NO_TCP]
     answered = [e for e in asked if e.status]
     opened = [e for e in answered if 200 <= e.status < 300]
     facts: dict[str, Fact] = {f"{e.protocol}_status": e.status for e in answered}
@@ -228,7 +233,19 @@ def judge_target(findings: Findings, evidence: Evidence, target: Target) -> None
         names = " and ".join(e.protocol.upper() for e in opened)
         said = f"the gateway opens {names} tunnels to {target}"
         said += "".join(f"; {e.protocol.upper()}: {_outcome(e)}" for e in asked if e not in opened)
-        findings.add(check_id, Status.PASS, said, facts=facts)
+        denied = [e.protocol for e in asked if e.status == _FORBIDDEN]
+        if denied:
+            other = opened[0].protocol
+            findings.add(
+                check_id,
+                Status.WARN,
+                f"the gateway denies {denied[0].upper()}: {said}",
+                f"if you need {denied[0].upper()}, ask the gateway's operator for a rule; if not, "
+                f"--protocol {other} asks for {other.upper()} alone",
+                facts=facts,
+            )
+        else:
+            findings.add(check_id, Status.PASS, said, facts=facts)
     elif not asked:
         cause = findings.first_failed("h3.connect", "masque.connect_udp")
         if cause is not None:

@@ -8,9 +8,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import struct
+import typing
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 from cryptography import x509
 
@@ -29,7 +30,7 @@ from toppy.client.probe import ECHO_TARGET, Probe, ProbeError, ProbeRefusedError
 from toppy.client.session import GatewaySettings
 from toppy.client.tokens import LoginRequiredError
 from toppy.errors import ConfigError
-from toppy.model.target import Target
+from toppy.model.target import Protocol, Target
 from toppy.quic.endpoint import H3_ALPN, PING_ALPN
 from toppy.quic.engine import Address
 from toppy.wire import connect_tcp
@@ -64,7 +65,7 @@ _ECHO_MARK = b"toppy-doctor-echo"
 _SILENT_PROVIDER = Trouble("the provider does not answer in time", is_timeout=True)
 
 
-class Network(Protocol):
+class Network(typing.Protocol):
     """The world outside, as far as the doctor looks into it."""
 
     async def look_up(self, host: str, port: int) -> list[Address]:
@@ -109,6 +110,8 @@ class Questions:
     asks_gateway: bool
     """False for another proxy, which has no ping and no echo."""
     target: Target | None = None
+    protocols: tuple[Protocol, ...] = ("udp", "tcp")
+    """Of the tunnels to ``target`` that the gateway is asked for."""
 
 
 class Gatherer:
@@ -339,16 +342,18 @@ class Gatherer:
         settings = self._settings
         where = expand_template(settings.tcp_template, replace(target, protocol="tcp"))
         tcp_headers = connect_tcp.request_headers(*where, settings.authorization)
-        requests = {
-            "udp": probe.request_udp(settings.template, target),
-            "tcp": probe.request(tcp_headers),
-        }
-        found = [TargetEvidence(protocol) for protocol in requests]
+
+        def ask_by(protocol: str) -> Coroutine[Any, Any, ProbeTunnel]:
+            if protocol == "tcp":
+                return probe.request(tcp_headers)
+            return probe.request_udp(settings.template, target)
+
+        found = [TargetEvidence(protocol) for protocol in self._questions.protocols]
         self.evidence.tunnel.targets += found
 
         async def ask(each: TargetEvidence) -> None:
             async def request() -> None:
-                tunnel = await requests[each.protocol]
+                tunnel = await ask_by(each.protocol)
                 each.status, each.explanation = tunnel.status, tunnel.explanation
                 each.rule = tunnel.proxy_status.rule if tunnel.proxy_status is not None else ""
                 if tunnel.is_open:

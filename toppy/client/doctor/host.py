@@ -98,9 +98,11 @@ def check_own_policy(
     text: str,
     option: str,
     environ: Mapping[str, str],
+    *,
+    protocol: Protocol | None = None,
 ) -> None:
-    """``policy.denied``: what this client's policy says about a target (T-081). May look up a name
-    and read the kept login: not for the event loop.
+    """``policy.denied``: what this client's policy says about a target (T-081), or about one
+    protocol of it. May look up a name and read the kept login: not for the event loop.
     """
     check_id = "policy.denied"
     try:
@@ -113,7 +115,7 @@ def check_own_policy(
             check_id,
             Status.WARN,
             f"there is no [policy], so everything is denied, {target} too",
-            "add [[policy.allow]] rules",
+            "add [[policy.allow]] rules: without them `toppy up` and `toppy udp` deny every target",
         )
         return
     try:
@@ -123,15 +125,17 @@ def check_own_policy(
     allowed: list[str] = []
     denial: DeniedError | None = None
     protocols: tuple[Protocol, ...] = ("udp",)
-    if any(rule.protocol for rule in loaded.config.policy.rules):
+    if protocol is not None:
+        protocols = (protocol,)
+    elif any(rule.protocol for rule in loaded.config.policy.rules):
         protocols = ("udp", "tcp")
-    for protocol in protocols:
+    for each in protocols:
         try:
-            check_policy(loaded.config, replace(target, protocol=protocol), who)
+            check_policy(loaded.config, replace(target, protocol=each), who)
         except DeniedError as error:
             denial = denial or error
         else:
-            allowed.append(protocol.upper())
+            allowed.append(each.upper())
     if denial is None:
         findings.add(check_id, Status.PASS, f"{target} is allowed")
     elif allowed:
