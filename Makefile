@@ -64,7 +64,7 @@ rust-check: ## The binding's own tests and lints, where there is Rust
 	  cd toppy/quic/native && cargo fmt --check && cargo clippy --quiet --release --all-features --all-targets -- -D warnings && cargo test --quiet --release; \
 	else echo "rust-check: no cargo here, the native engine is not built or tested"; fi
 
-bench: venv ## Measure everything three times, beside other gateways; writes docs/performance.md (40 minutes)
+bench: venv ## Measure everything three times, beside other gateways; writes docs/performance.md (an hour)
 	$(BIN)/python -m integration.bench
 
 bench-quick: venv ## The main figures, in a minute; writes nothing
