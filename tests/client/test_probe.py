@@ -14,9 +14,10 @@ from toppy.client.probe import ECHO_PAYLOAD, Probe, ProbeError, ProbeRefusedErro
 from toppy.quic.endpoint import H3_ALPN, PING_ALPN, HeadersReceived
 from toppy.quic.engine import Address, ConnectionClosed
 from toppy.quic.h3 import Headers
-from toppy.wire.connect_udp import DEFAULT_TEMPLATE_PATH, response_headers, validate_request
+from toppy.wire.connect_udp import DEFAULT_TEMPLATE_PATH, response_headers
 from toppy.wire.gateway_facts import GatewayFacts, date_field, diagnostic_fields
 from toppy.wire.proxy_status import encode_proxy_status
+from toppy.wire.tunnel_request import validate_tunnel_request
 
 TEMPLATE = f"https://gateway.test{DEFAULT_TEMPLATE_PATH}"
 SILENT: Address = ("127.0.0.1", 9)
@@ -80,7 +81,7 @@ def test_the_echo_comes_back_through_a_tunnel() -> None:
                 assert probe.largest_payload_bytes > 1200
             (asked,) = gateway.of(HeadersReceived)
             assert isinstance(asked, HeadersReceived)
-            request = validate_request(asked.headers)
+            request = validate_tunnel_request(asked.headers)
             assert str(request.target) == "127.0.0.1:9"
             assert not request.is_forward
             assert request.authorization == "Bearer the-token"

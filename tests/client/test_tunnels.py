@@ -11,8 +11,9 @@ from toppy.protocol.udp_tunnel import encode_datagram_capsules
 from toppy.quic.endpoint import BodyReceived, StreamAborted
 from toppy.quic.h3 import H3_NO_ERROR
 from toppy.wire.capsule import CapsuleParser
-from toppy.wire.connect_udp import response_headers, validate_request
+from toppy.wire.connect_udp import response_headers
 from toppy.wire.proxy_status import encode_proxy_status
+from toppy.wire.tunnel_request import validate_tunnel_request
 
 
 @pytest.fixture
@@ -25,7 +26,7 @@ def world() -> World:
 def test_a_tunnel_asks_for_its_target_with_the_token(world: World) -> None:
     world.tunnels.add(Local().tunnel)
     world.run()
-    request = validate_request(world.requests[0].headers)
+    request = validate_tunnel_request(world.requests[0].headers)
     assert request.target == TARGET
     assert request.is_forward
     assert request.authorization == "Bearer secret"

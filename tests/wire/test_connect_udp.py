@@ -21,9 +21,9 @@ from toppy.wire.connect_udp import (
     parse_request_path,
     request_headers,
     response_headers,
-    validate_request,
     validate_template,
 )
+from toppy.wire.tunnel_request import TunnelKind, validate_tunnel_request
 
 UDP = "/.well-known/masque/udp/"
 
@@ -134,8 +134,10 @@ def test_both_templates_are_served_and_told_apart() -> None:
 
 
 def test_a_good_request_is_read() -> None:
-    request = validate_request(good_headers())
+    request = validate_tunnel_request(good_headers())
+    assert request.kind is TunnelKind.UDP
     assert request.target == Target("192.0.2.1", 53)
+    assert not request.is_forward
     assert request.authority == "gw.example:4433"
     assert request.authorization == "Bearer abc"
     assert "abc" not in repr(request)
@@ -145,8 +147,8 @@ def test_a_good_request_is_read() -> None:
     ("changes", "status"),
     [
         ({"_method": "GET"}, 404),
-        ({"_protocol": "connect-ip"}, 404),
-        ({"_protocol": None}, 404),
+        ({"_protocol": "connect-ip"}, 501),
+        ({"_protocol": None}, 400),
         ({"_scheme": "http"}, 400),
         ({"_authority": ""}, 400),
         ({"_authority": None}, 400),
@@ -165,7 +167,7 @@ def test_a_request_that_is_not_connect_udp_is_refused(
     changes: dict[str, str | None], status: int
 ) -> None:
     with pytest.raises(RequestError) as refused:
-        validate_request(good_headers(**changes))
+        validate_tunnel_request(good_headers(**changes))
     assert refused.value.status == status
 
 
@@ -173,25 +175,25 @@ def test_without_a_token_no_authorization_is_sent_or_read() -> None:
     headers = request_headers("gw.example", f"{UDP}192.0.2.1/53/", None)
     assert b"authorization" not in dict(headers)
     assert dict(headers)[b"capsule-protocol"] == b"?1"
-    assert validate_request(headers).authorization is None
+    assert validate_tunnel_request(headers).authorization is None
 
 
 def test_two_authorizations_are_refused() -> None:
     with pytest.raises(RequestError):
-        validate_request([*good_headers(), (b"authorization", b"Bearer other")])
+        validate_tunnel_request([*good_headers(), (b"authorization", b"Bearer other")])
 
 
 def test_a_field_that_is_not_ascii_is_refused() -> None:
     with pytest.raises(RequestError):
-        validate_request([*good_headers(authorization=None), (b"authorization", b"\xff")])
+        validate_tunnel_request([*good_headers(authorization=None), (b"authorization", b"\xff")])
 
 
 @given(st.lists(st.tuples(st.binary(max_size=20), st.binary(max_size=60)), max_size=8))
 def test_any_fields_are_a_request_or_refused(headers: list[tuple[bytes, bytes]]) -> None:
     try:
-        validate_request(headers)
+        validate_tunnel_request(headers)
     except RequestError as error:
-        assert error.status in (400, 404)
+        assert error.status in (400, 404, 417, 425, 501)
 
 
 @given(st.text(max_size=60))
@@ -218,8 +220,10 @@ targets = st.builds(
 @given(targets, st.sampled_from([DEFAULT_TEMPLATE_PATH, FORWARD_TEMPLATE_PATH]))
 def test_what_our_client_asks_for_is_what_our_gateway_reads(target: Target, path: str) -> None:
     authority, expanded = expand_template(f"https://gw.example:4433{path}", target)
-    request = validate_request(request_headers(authority, expanded, "secret"))
+    request = validate_tunnel_request(request_headers(authority, expanded, "secret"))
+    assert request.kind is TunnelKind.UDP
     assert request.target == target
+    assert request.is_forward == (path == FORWARD_TEMPLATE_PATH)
     assert request.authority == "gw.example:4433"
     assert request.authorization == "Bearer secret"
 

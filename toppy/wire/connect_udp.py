@@ -9,7 +9,7 @@ from __future__ import annotations
 import ipaddress
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final
 from urllib.parse import quote, unquote_to_bytes
 
@@ -47,17 +47,15 @@ class RequestError(PeerError):
 
 
 @dataclass(frozen=True, slots=True)
-class ConnectUdpRequest:
-    """A request for a tunnel."""
+class ConnectUdpPath:
+    """What the path of a request for a UDP tunnel says."""
 
     target: Target
     is_forward: bool
     """Asked for on ``udp-forward``, which never echoes."""
-    authority: str = ""
-    authorization: str | None = field(default=None, repr=False)
 
 
-def parse_request_path(path: str) -> ConnectUdpRequest:
+def parse_request_path(path: str) -> ConnectUdpPath:
     """The target of ``/.well-known/masque/udp[-forward]/HOST/PORT/``.
 
     Percent-decodes once. Raises ``RequestError`` with status 404 for another path, 400 for a bad
@@ -66,7 +64,7 @@ def parse_request_path(path: str) -> ConnectUdpRequest:
     for prefix, is_forward in ((ECHO_PATH_PREFIX, False), (FORWARD_PATH_PREFIX, True)):
         if path.startswith(prefix):
             host, port = parse_path_target(path.removeprefix(prefix))
-            return ConnectUdpRequest(Target(host, port), is_forward)
+            return ConnectUdpPath(Target(host, port), is_forward)
     raise RequestError("there is nothing at this path", status=404)
 
 
@@ -161,17 +159,6 @@ def read_extended_connect(found: dict[bytes, bytes]) -> tuple[str, str]:
     if not path.startswith("/"):
         raise RequestError("the path must begin with a slash")
     return authority, path
-
-
-def validate_request(headers: Iterable[tuple[bytes, bytes]]) -> ConnectUdpRequest:
-    """An Extended CONNECT request for ``connect-udp``. Raises ``RequestError``."""
-    found = read_fields(headers)
-    if found.get(b":method") != b"CONNECT" or found.get(b":protocol") != b"connect-udp":
-        raise RequestError("only Extended CONNECT with connect-udp is served here", status=404)
-    authority, path = read_extended_connect(found)
-    authorization = read_text(found, b"authorization")
-    request = parse_request_path(path)
-    return ConnectUdpRequest(request.target, request.is_forward, authority, authorization)
 
 
 def request_headers(
