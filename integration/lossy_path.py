@@ -24,7 +24,6 @@ import json
 import os
 import random
 import select
-import subprocess
 import sys
 import time
 from collections import deque
@@ -32,7 +31,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from integration.processes import DEADLINE_S
+from integration.path_process import PathProcess, running_path_process
 from toppy.net.udp_socket import SendResult, UdpSocket, bind_udp, connect_udp
 from toppy.quic.engine import Address, Buffer
 
@@ -279,20 +278,11 @@ class RunningPath:
 
     host: str
     port: int
-    process: subprocess.Popen[str]
+    process: PathProcess
 
     def report(self) -> PathReport:
         """Ask it. Raises ``TimeoutError``, or ``RuntimeError`` when it has ended."""
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
-        if not select.select([self.process.stdout], [], [], DEADLINE_S)[0]:
-            raise TimeoutError("the path does not answer")
-        line = self.process.stdout.readline()
-        if not line:
-            raise RuntimeError("the path has ended; what it said is above")
-        answer = json.loads(line)
+        answer = self.process.ask()
         for direction in ("to_target", "to_sender"):
             counts = answer[direction]
             sizes = {int(size): count for size, count in counts.pop("sizes").items()}
@@ -306,27 +296,10 @@ def running_path(
 ) -> Iterator[RunningPath]:
     """A path from ``host`` and ``port`` to ``target``."""
     arguments = {"host": host, "port": port, "target": target, "settings": asdict(settings)}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "integration.lossy_path", json.dumps(arguments)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    path = RunningPath(host, port, process)
-    try:
+    with running_path_process("integration.lossy_path", arguments) as process:
+        path = RunningPath(host, port, process)
         path.report()  # it is there
         yield path
-    finally:
-        assert process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):
-            process.stdin.close()
-        try:
-            process.wait(DEADLINE_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-        assert process.stdout is not None
-        process.stdout.close()
 
 
 def main() -> None:

@@ -120,7 +120,7 @@ def test_a_peer_that_ends_at_once_says_what_it_said() -> None:
     command = [sys.executable, "-c", "print('that port is mine'); raise SystemExit(3)"]
     with (
         pytest.raises(PeerMissing, match="ended with 3, said 'that port is mine'"),
-        peers._running_all(way, {"relay": command}),
+        peers.running_all(way, {"relay": command}, peers._wait_until_open),
     ):
         pass
 

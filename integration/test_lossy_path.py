@@ -193,7 +193,7 @@ def test_flows_cross_the_path_and_answers_find_back() -> None:
 def test_a_path_that_nobody_asks_any_more_ends() -> None:
     with running_path(free_udp_port(), ("127.0.0.1", 9), PathSettings(1e6, TICK_S)) as path:
         pass
-    assert path.process.returncode == 0
+    assert path.process.exit_code == 0
 
 
 def test_a_port_that_is_taken_is_an_error_at_once() -> None:

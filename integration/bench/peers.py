@@ -106,7 +106,7 @@ def toppy(engine: str) -> Iterator[Way]:
 def asyncio_udp_relay() -> Iterator[Way]:
     """``integration.bench.asyncio_relay``: one hop, nothing encrypted."""
     way = _new_way("asyncio relay")
-    with _running_all(
+    with running_all(
         way,
         {
             "relay": [
@@ -114,6 +114,7 @@ def asyncio_udp_relay() -> Iterator[Way]:
                 *(way.target_host, str(way.target_port)),
             ]
         },
+        _wait_until_open,
     ) as opened:
         yield opened
 
@@ -128,7 +129,7 @@ def socat() -> Iterator[Way]:
     arguments: dict[str, Sequence[str | Path]] = {
         "relay": [program, f"-T{_SOCAT_IDLE_S}", listen, target]
     }
-    with _running_all(way, arguments) as opened:
+    with running_all(way, arguments, _wait_until_open) as opened:
         yield opened
 
 
@@ -169,7 +170,7 @@ ports = ["1-65535"]
                 *("--target", f"{way.target_host}:{way.target_port}"),
             ],
         }
-        with _running_all(way, arguments) as opened:
+        with running_all(way, arguments, _wait_until_open) as opened:
             yield opened
 
 
@@ -190,7 +191,7 @@ def sing_box(kind: str, settings: Mapping[str, Any] | None = None) -> Iterator[W
             path.write_text(json.dumps(config))
             path.chmod(0o600)
             arguments[role] = [program, "run", "--disable-color", "-c", path]
-        with _running_all(way, arguments) as opened:
+        with running_all(way, arguments, _wait_until_open) as opened:
             yield opened
 
 
@@ -379,15 +380,19 @@ def _new_way(name: str) -> Way:
 
 
 @contextlib.contextmanager
-def _running_all(way: Way, arguments: Mapping[str, Sequence[str | Path]]) -> Iterator[Way]:
-    """A process for each role, and the way once datagrams come through it."""
+def running_all(
+    way: Way,
+    commands: Mapping[str, Sequence[str | Path]],
+    wait_until_open: Callable[[Way, Mapping[str, Running]], None],
+) -> Iterator[Way]:
+    """A process for each role, and the way once ``wait_until_open`` has tried it."""
     with contextlib.ExitStack() as stack:
         directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-"))
         runnings = {}
-        for role, command in arguments.items():
+        for role, command in commands.items():
             runnings[role] = start(command, Path(directory) / f"{role}.log")
             stack.callback(runnings[role].stop)
-        _wait_until_open(way, runnings)
+        wait_until_open(way, runnings)
         yield replace(
             way,
             processes={role: (WithChildren(running.pid),) for role, running in runnings.items()},

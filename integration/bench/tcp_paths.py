@@ -89,12 +89,12 @@ def _measure_here(
         with _path(PATHS[name]) as (prefix, path):
             figures["cases"][name] = {}
             for flows in all_flows:
-                path.report()
+                path.ask()
                 bins = _carry(prefix, flows, "download", warm_up_s + seconds)
                 figures["cases"][name][" and ".join(flows)] = {
                     "bins": bins,
                     "mb_s": [_mean_mb(each, warm_up_s) for each in bins],
-                    "path": _counts(path.report()),
+                    "path": _counts(path.ask()),
                 }
             if name == LOSSY:
                 (up,) = _carry(prefix, (TOPPY,), "upload", warm_up_s + seconds)

@@ -17,7 +17,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -28,9 +27,9 @@ from integration.bench.peers import (
     HYSTERIA2,
     TUIC,
     PeerMissing,
-    WithChildren,
     find_sing_box,
     last_words,
+    running_all,
     sing_box_configs,
     write_certificates,
 )
@@ -157,7 +156,7 @@ def ssh() -> Iterator[Way]:
                 f"{getpass.getuser()}@{HOST}",
             ],
         }
-        yield stack.enter_context(_running_all(way, commands))
+        yield stack.enter_context(running_all(way, commands, _wait_until_open))
 
 
 def _remove_separation() -> None:
@@ -181,7 +180,7 @@ def sing_box(kind: str) -> Iterator[Way]:
             path.write_text(json.dumps(config))
             path.chmod(0o600)
             commands[role] = [program, "run", "--disable-color", "-c", path]
-        with _running_all(way, commands) as opened:
+        with running_all(way, commands, _wait_until_open) as opened:
             yield opened
 
 
@@ -239,22 +238,6 @@ def _find(program: str) -> str:
 
 def _new_way(name: str) -> Way:
     return Way(name, HOST, free_tcp_port(), HOST, free_tcp_port())
-
-
-@contextlib.contextmanager
-def _running_all(way: Way, commands: Mapping[str, Sequence[str | Path]]) -> Iterator[Way]:
-    """A process for each role, and the way once bytes come through it."""
-    with contextlib.ExitStack() as stack:
-        directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-"))
-        runnings = {}
-        for role, command in commands.items():
-            runnings[role] = start(command, Path(directory) / f"{role}.log")
-            stack.callback(runnings[role].stop)
-        _wait_until_open(way, runnings)
-        yield replace(
-            way,
-            processes={role: (WithChildren(running.pid),) for role, running in runnings.items()},
-        )
 
 
 def _wait_until_open(way: Way, runnings: Mapping[str, Running]) -> None:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from integration.lossy_path import TICK_S, Link, PathSettings
-from integration.processes import DEADLINE_S
+from integration.path_process import PathProcess, running_path_process
 
 TUN: Final = Path("/dev/net/tun")
 NEAR_HOST: Final = "198.18.0.1"
@@ -117,42 +117,12 @@ class _Relay:
         }
 
 
-class RunningTunPath:
-    """A path in a process of its own."""
-
-    def __init__(self, process: subprocess.Popen[str]) -> None:
-        self._process = process
-
-    def report(self) -> dict[str, Any]:
-        """What both directions did since the last question. Raises ``RuntimeError`` when it has
-        ended.
-        """
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write("\n")
-        self._process.stdin.flush()
-        if not select.select([self._process.stdout], [], [], DEADLINE_S)[0]:
-            raise TimeoutError("the path does not answer")
-        line = self._process.stdout.readline()
-        if not line:
-            raise RuntimeError("the path has ended; what it said is above")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
-
-
 @contextlib.contextmanager
-def running_tun_path(near: str, far: str, settings: PathSettings) -> Iterator[RunningTunPath]:
+def running_tun_path(near: str, far: str, settings: PathSettings) -> Iterator[PathProcess]:
     """A path from ``NEAR_HOST`` to ``FAR_HOST``, the namespaces with these files."""
     arguments = {"near": near, "far": far, "settings": asdict(settings)}
-    process = subprocess.Popen(
-        [sys.executable, "-m", __name__, json.dumps(arguments)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        path = RunningTunPath(process)
-        path.report()  # it is there
+    with running_path_process(__name__, arguments) as path:
+        path.ask()  # it is there
         for namespace, own, other in ((near, NEAR_HOST, FAR_HOST), (far, FAR_HOST, NEAR_HOST)):
             for command in (
                 f"ip address add {own} peer {other} dev {DEVICE}",
@@ -160,17 +130,6 @@ def running_tun_path(near: str, far: str, settings: PathSettings) -> Iterator[Ru
             ):
                 subprocess.run(["nsenter", f"--net={namespace}", *command.split()], check=True)
         yield path
-    finally:
-        assert process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):
-            process.stdin.close()
-        try:
-            process.wait(DEADLINE_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-        assert process.stdout is not None
-        process.stdout.close()
 
 
 def main() -> None:
