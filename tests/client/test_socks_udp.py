@@ -185,6 +185,15 @@ def test_what_is_over_the_rate_is_dropped_in_each_direction() -> None:
     run(test, rate=Rate(1000, 1500))
 
 
+def test_an_empty_payload_comes_back_under_a_rate_too() -> None:
+    async def test(on: Stage) -> None:
+        on.send(to("a.example", b""))
+        assert await on.read() == to("a.example", b"")
+        assert on.relay.drops == {}
+
+    run(test, rate=Rate(1000, 1500))
+
+
 def test_the_end_ends_its_tunnels() -> None:
     async def test(on: Stage) -> None:
         on.send(to("a.example"))

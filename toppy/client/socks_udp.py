@@ -17,7 +17,7 @@ from toppy.model.drop_reason import DropReason
 from toppy.model.rate import UNLIMITED, DirectionLimits, Rate
 from toppy.model.target import Target
 from toppy.net.udp_socket import SendResult, UdpSocket
-from toppy.policy.meter import Lane, single_meter
+from toppy.policy.meter import single_meter
 from toppy.policy.ruleset import Decision
 from toppy.protocol.udp_tunnel import Buffer, count_payloads
 from toppy.quic.engine import Address
@@ -223,13 +223,13 @@ class SocksUdpRelay:
             self._ways.move_to_end(way.target)
         lane = self._meter.to_client if self._meter is not None else None
         if lane is not None:
-            payloads = self._charge(lane, payloads, segment_size, now)
+            granted, over, payloads = lane.take_payloads(payloads, segment_size, now)
+            self._drop(DropReason.RATE_LIMITED, over)
+            if not granted:
+                return
         size = segment_size or len(payloads)
         pieces = [payloads[start : start + size] for start in range(0, len(payloads), size or 1)]
-        if not pieces and lane is None:
-            pieces = [b""]
-        if not pieces:
-            return
+        pieces = pieces or [b""]
         data = b"".join(part for piece in pieces for part in (way.header, piece))
         step = len(way.header) + size if len(pieces) > 1 else 0
         if self._local.send(data, step, self._program) is SendResult.SENT:
@@ -237,15 +237,6 @@ class SocksUdpRelay:
             self.counters.to_peers_bytes += len(payloads)
         else:
             self._drop(DropReason.LOCAL_BUFFER_FULL, len(pieces))
-
-    def _charge(self, lane: Lane, payloads: Buffer, segment_size: int, now: float) -> Buffer:
-        """What of a stretch may go; the rest is dropped."""
-        count = count_payloads(len(payloads), segment_size)
-        granted = lane.take_datagrams(len(payloads), segment_size, now)
-        if granted == count:
-            return payloads
-        self._drop(DropReason.RATE_LIMITED, count - granted)
-        return memoryview(payloads)[: granted * segment_size]
 
     def _drop(self, reason: DropReason, count: int) -> None:
         if count:

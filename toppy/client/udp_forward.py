@@ -196,12 +196,10 @@ class UdpForward:
         self, lane: Lane, payloads: Buffer, segment_size: int, now: float
     ) -> tuple[int, Buffer]:
         """How many datagrams of a stretch may go, and these; the others are dropped."""
-        count = count_payloads(len(payloads), segment_size)
-        granted = lane.take_datagrams(len(payloads), segment_size, now)
-        if granted == count:
-            return count, payloads
-        self._drop(DropReason.RATE_LIMITED, count - granted)
-        return granted, memoryview(payloads)[: granted * segment_size]
+        granted, over, payloads = lane.take_payloads(payloads, segment_size, now)
+        if over:
+            self._drop(DropReason.RATE_LIMITED, over)
+        return granted, payloads
 
     def _drop(self, reason: DropReason, count: int) -> None:
         self.drops[reason] = self.drops.get(reason, 0) + count

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from toppy.model.rate import NO_LIMITS, Budget, DirectionLimits, Rate, TunnelLimits
 from toppy.policy.token_bucket import TokenBucket
 
+Payloads = bytes | bytearray | memoryview
+
 MOST_IDLE_BUDGETS = 4096
 """Budgets without tunnels that are remembered until what was taken from them has come back."""
 QUOTA_PAUSE_S = 0.5
@@ -107,6 +109,19 @@ class Lane:
             if side.quota is not None:
                 _use(side.quota, taken)
         return may
+
+    def take_payloads(
+        self, payloads: Payloads, segment_size: int, now: float
+    ) -> tuple[int, int, Payloads]:
+        """The same for datagrams that stand back to back: how many may go, how many are to be
+        dropped, and those that may go.
+        """
+        size = len(payloads)
+        count = -(-size // segment_size) if segment_size else 1
+        granted = self.take_datagrams(size, segment_size, now)
+        if granted == count:
+            return count, 0, payloads
+        return granted, count - granted, memoryview(payloads)[: granted * segment_size]
 
     def take_bytes(self, wanted: int, now: float) -> int:
         """Charge a piece of a stream; how many of ``wanted`` bytes may go now, 0 to ``wanted``."""

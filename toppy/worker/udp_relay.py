@@ -333,16 +333,13 @@ class UdpRelay:
         self, tunnel: UdpFlow, lane: Lane, payloads: Buffer, segment_size: int, now: float
     ) -> tuple[int, Buffer]:
         """How many datagrams of a stretch may go, and these; the others are dropped."""
-        size = len(payloads)
-        count = count_payloads(size, segment_size)
-        granted = lane.take_datagrams(size, segment_size, now)
-        if granted == count:
-            return count, payloads
-        reason = DropReason.QUOTA_USED_UP if lane.is_spent else DropReason.RATE_LIMITED
-        self._drop(reason, count - granted)
-        tunnel.drops += count - granted
-        tunnel.rate_limited += count - granted
-        return granted, memoryview(payloads)[: granted * segment_size]
+        granted, over, payloads = lane.take_payloads(payloads, segment_size, now)
+        if over:
+            reason = DropReason.QUOTA_USED_UP if lane.is_spent else DropReason.RATE_LIMITED
+            self._drop(reason, over)
+            tunnel.drops += over
+            tunnel.rate_limited += over
+        return granted, payloads
 
     def _capsule_backlog(self, connection: int) -> int:
         """What waits on the streams of a connection's UDP tunnels, in bytes."""
