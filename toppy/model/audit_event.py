@@ -54,7 +54,6 @@ class AuditAction(StrEnum):
     AUTH_FAILED = "auth.failed"
     RELOAD = "reload"
     WORKER_DIED = "worker.died"
-    ADMIN_RELOAD = "admin.reload"
     ADMIN_DRAIN = "admin.drain"
     ADMIN_KICK = "admin.kick"
     ADMIN_UPGRADE = "admin.upgrade"
