@@ -432,7 +432,7 @@ class TestBadInput:
 
 
 def test_operators_see_protocol_and_bytes_and_the_log_has_them(gateway: Gateway, way: Way) -> None:
-    async def scenario() -> int:
+    async def scenario() -> str:
         async with serving(echo) as port, connected(gateway) as client:
             tunnel = await open_tcp(client, way, HOST, port)
             tunnel.send(b"12345")
@@ -442,15 +442,15 @@ def test_operators_see_protocol_and_bytes_and_the_log_has_them(gateway: Gateway,
             assert (live["bytes_to_target"], live["bytes_to_client"]) == (5, 5)
             tunnel.finish()
             await tunnel.read_to_end()
-            return port
+            return str(live["name"])
 
     before = gateway.metric("toppy_gw_tcp_bytes_total", direction="to_target")
-    port = run(scenario())
+    name = run(scenario())  # a port may have been an earlier tunnel's, too
     wait_for_metric(gateway, before + 5, "tcp_bytes_total", direction="to_target")
 
     def closed() -> list[dict[str, str]]:
         entries = wait_for(gateway, "tunnel.closed")
-        return [each.facts for each in entries if each.target == f"{HOST}:{port}"]
+        return [each.facts for each in entries if each.facts["tunnel"] == name]
 
     wait_until("the entry", lambda: bool(closed()))
     (facts,) = closed()
